@@ -1,0 +1,426 @@
+"""Train MoodCat's generator (Algorithm 1). Also home to what the three scripts share: the data, the
+common flags and the loop that checkpoints, logs and resumes.
+
+    python train_gen.py                                          # handwritten digits, CPU, 2 minutes
+    python train_gen.py --data cifar10 --run runs/cifar10        # the paper's width, for a GPU
+    python train_gen.py --data FOLDER --run runs/mine --ch 16    # FOLDER/train/<class>/*.png
+    python train_gen.py --run runs/cifar10 --resume              # go on after an interruption
+
+Writes RUN/generator.pt, RUN/log.jsonl and sample panels RUN/samples_*.png (from the top: input,
+masked, synthesis with the right label, with a wrong one).
+"""
+
+import argparse
+import json
+import signal
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from moodcat import (Generator, UNetDiscriminator, discriminator_loss, generator_loss,
+                     kl_divergence, load_checkpoint, random_mask, save_checkpoint)
+
+# ---------------------------------------------------------------------------------------------
+# Settings. The paper: Adam (0, 0.999), 5e-5 for all nets, batch 96, ch 32, and every term of Eq. 6
+# with weight 1. The authors' code: 2 l1, 3 l2, 5 SSIM, 4 KL as a mean over the 128 dimensions.
+
+STEPS = dict(digits=600, colour=100_000)
+BATCH = dict(digits=64, colour=96)  # 96 is the paper's
+CH = dict(digits=8, colour=32)      # 32 is the paper's; 8x8-pixel digits need less
+LR_G = 5e-4        # ten times the paper's: 1/10 of its iterations are within reach here
+LR_D = 1e-3        # twice the generator's: the authors have four times; keeps D ahead of G
+BETAS = (0.0, 0.999)
+ADV = 0.5          # image and pixel term, each: realism must not outweigh resemblance
+L1, L2, SSIM = 2.0, 3.0, 5.0  # the authors' weights; in Eq. 6's 1 : 1 : 1 the syntheses stay blurred
+KL = 0.3           # of the sum over z. It decides how much y matters: see the sweep in the README
+MASK_RATIO = (0.1, 0.3)       # Table 5
+SAVE_SECONDS = 60  # between checkpoints; when they fall changes no result
+LOG_EVERY = 10     # steps
+PANELS = 10        # sample panels in a training
+
+# ---------------------------------------------------------------------------------------------
+# Data: each split is one uint8 tensor (N, C, S, S); the fixed held-out part trains nothing
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+DOWNLOADS = Path("data")  # where torchvision puts CIFAR, SVHN, DTD
+
+
+def fit_image(image, channels, size):
+    """PIL image of any mode and size -> uint8 (channels, size, size): the shorter side is resized,
+    the centre kept; 16-bit grey is rescaled, alpha dropped."""
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).astype(np.uint8))
+    image = ImageOps.exif_transpose(image).convert("RGB" if channels == 3 else "L")
+    if image.size != (size, size):
+        image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
+    return np.asarray(image).reshape(size, size, channels).transpose(2, 0, 1)
+
+
+def read_files(paths, channels, size):
+    """Image files -> uint8 (N, channels, size, size). Any that cannot be read stop the run: raises
+    OSError with their number and the first one's name, since a skipped image changes every n."""
+    def read(path):
+        try:
+            with Image.open(path) as image:
+                return fit_image(image, channels, size)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            return error
+
+    with ThreadPoolExecutor() as pool:
+        images = list(pool.map(read, paths))
+    bad = [(path, e) for path, e in zip(paths, images) if isinstance(e, Exception)]
+    if bad:
+        raise OSError(f"{len(bad)} of {len(paths)} images cannot be read, the first is {bad[0][0]} "
+                      f"({bad[0][1]}): repair or remove them")
+    return torch.from_numpy(np.stack(images))
+
+
+def image_files(folder):
+    """Every image file below a folder (or the file itself), sorted. Raises OSError if there is none."""
+    folder = Path(folder)
+    if not folder.exists():
+        raise OSError(f"{folder} does not exist")
+    files = [folder] if folder.is_file() else sorted(
+        p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    if not files:
+        raise OSError(f"{folder} holds no images ({' '.join(sorted(SUFFIXES))})")
+    return files
+
+
+def read_split(data, split, size):
+    """digits, cifar10, cifar100 or a folder; split "train" or "test" -> images uint8 (N, C, S, S),
+    labels (N,), class names, a name for each image. Raises OSError or ValueError."""
+    if data == "digits":
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+        digits = load_digits()  # 1,797 images of 8 x 8 pixels, 0 to 16; no split of its own
+        part = train_test_split(np.arange(len(digits.target)), test_size=1 / 3,
+                                stratify=digits.target, random_state=0)[split == "test"]
+        part.sort()
+        images = [Image.fromarray((image * 255 / 16).astype(np.uint8)) for image in digits.images[part]]
+        x = torch.from_numpy(np.stack([fit_image(image, 1, size) for image in images]))
+        return x, torch.from_numpy(digits.target[part]), [str(n) for n in range(10)], part
+    if data in ("cifar10", "cifar100"):
+        from torchvision import datasets
+        part = download(datasets.CIFAR10 if data == "cifar10" else datasets.CIFAR100,
+                        train=split == "train")
+        x = torch.from_numpy(np.stack([fit_image(Image.fromarray(a), 3, size) for a in part.data]))
+        return x, torch.tensor(part.targets), part.classes, range(len(x))
+    root = Path(data, split)
+    if not root.is_dir():
+        raise OSError(f"{root} does not exist: --data takes digits, cifar10, cifar100 or a folder "
+                      "that holds train/<class>/ and test/<class>/")
+    classes = sorted(p.name for p in root.iterdir() if p.is_dir())
+    if len(classes) < 2:
+        raise ValueError(f"{root} holds {len(classes)} class folder(s): two are the least")
+    files = [image_files(root / name) for name in classes]
+    y = torch.cat([torch.full((len(f),), i) for i, f in enumerate(files)])
+    files = sum(files, [])
+    return read_files(files, 3, size), y, classes, files
+
+
+def download(dataset, **options):
+    """A torchvision data set under ./data, fetched when it is not there. Raises OSError."""
+    try:
+        return dataset(DOWNLOADS, download=True, **options)
+    except (OSError, RuntimeError) as error:
+        raise OSError(f"cannot download {dataset.__name__} ({error}): unpack it into "
+                      f"{DOWNLOADS.resolve()} or go online") from error
+
+
+def pick_classes(names, wanted):
+    """Class names or their indices -> indices, ascending. Raises ValueError."""
+    picked = set()
+    for want in wanted:
+        if want not in names and not (want.isdigit() and int(want) < len(names)):
+            raise ValueError(f"no class {want!r}: the data has {', '.join(names)}")
+        picked.add(names.index(want) if want in names else int(want))
+    return sorted(picked)
+
+
+def held_out(y):
+    """The part of the training labels (N,) that trains nothing -> bool (N,): a tenth of each class,
+    30 images at least, half at most; the same for every seed and script."""
+    mask = np.zeros(len(y), dtype=bool)
+    for c in range(int(y.max()) + 1):
+        own = np.flatnonzero(y.numpy() == c)
+        n = min(max(30, len(own) // 10), len(own) // 2)
+        mask[np.random.default_rng(c).permutation(own)[:n]] = True
+    return torch.from_numpy(mask)
+
+
+class Split:
+    """The images of one split, known and unknown classes apart.
+
+    x uint8 (N, C, S, S), y (N,) with labels 0 to K - 1 and `held`, the held-out mask, on the
+    device; `unknown` uint8 (M, C, S, S): images of the other classes, or of those that
+    settings["unknown"] names; `classes`, the K names; `names`, `unknown_names`, of the images.
+    """
+
+    def __init__(self, settings, split, device):
+        x, y, classes, names = read_split(settings["data"], split, settings["image_size"])
+        default = classes[:6] if settings["data"] == "digits" else classes
+        known = pick_classes(classes, settings["known"] or default)
+        if len(known) < 2:
+            raise ValueError("one known class is no classification: two are the least")
+        self.classes = [classes[c] for c in known]
+        relabel = torch.full((len(classes),), -1)
+        relabel[known] = torch.arange(len(known))
+        is_known, held, names = relabel[y] >= 0, held_out(y), np.asarray(names).astype(str)
+        self.x, self.y = x[is_known].to(device), relabel[y][is_known].to(device)
+        self.held, self.names = held[is_known].to(device), names[is_known]
+        if len(self.y.unique()) < len(known):
+            raise ValueError(f"a known class has no {split} images")
+        unknown = pick_classes(classes, settings.get("unknown") or
+                               [n for n in classes if n not in self.classes])
+        if set(unknown) & set(known):
+            raise ValueError("a class cannot be both known and unknown")
+        is_unknown = torch.isin(y, torch.tensor(unknown, dtype=y.dtype))
+        self.unknown, self.unknown_names = x[is_unknown].to(device), names[is_unknown]
+
+
+def to_float(x):
+    """uint8 (N, C, S, S) -> float in [-1, 1]."""
+    return x.float() / 127.5 - 1
+
+
+# ---------------------------------------------------------------------------------------------
+# Command line
+
+class Parser(argparse.ArgumentParser):
+    """The flags that all scripts share; a wrong one ends in one line."""
+
+    def __init__(self, doc):
+        super().__init__(description=doc, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+        add = self.add_argument
+        add("--data", help="digits, cifar10, cifar100 or a folder with train/ and test/ [digits]")
+        add("--run", default="runs/digits", help="folder of checkpoints, log, pictures [%(default)s]")
+        add("--known-classes", nargs="+", metavar="CLASS",
+            help="in-distribution classes; the others become the OOD set 'unknown' [digits: 0 to 5]")
+        add("--image-size", type=int, help="side in pixels, a multiple of 8 [32]")
+        add("--seed", type=int, help="[0]")
+        add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="[%(default)s]")
+        add("--batch-size", type=int, help="[digits 64, otherwise 96]")
+
+    def training(self):
+        """The flags of the two training scripts."""
+        length = self.add_mutually_exclusive_group()
+        length.add_argument("--steps", type=int, help="stop after this many")
+        length.add_argument("--minutes", type=float, help="or stop after this long")
+        self.add_argument("--resume", action="store_true", help="go on where RUN stopped")
+        return self
+
+    def error(self, message):
+        raise ValueError(f"{message} (--help lists the flags)")
+
+
+def run_script(main):
+    """main() with a user's error as one line on stderr and exit status 1."""
+    try:
+        main()
+    except torch.OutOfMemoryError:
+        sys.exit("error: the device's memory is too small for this batch: lower --batch-size")
+    except (ValueError, OSError) as error:
+        sys.exit("error: " + " ".join(str(error).split()))
+
+
+def kind_of(data):
+    """Which column of the settings a data set takes."""
+    return "digits" if data == "digits" else "colour"
+
+
+# ---------------------------------------------------------------------------------------------
+# The loop around a training step
+
+class Loop:
+    """for step in Loop(...): a training that can stop at any moment and go on bit for bit.
+
+    parts: {name: anything with state_dict and load_state_dict}, kept in RUN/<name>.pt with the step.
+    Before each step the random numbers are seeded by (seed, step), so no RNG state is kept. A step
+    reports with log(name=scalar, ...). SIGINT (Ctrl-C) and the limits end it between two steps,
+    with a checkpoint. A loss or weight that is not finite raises ValueError and keeps the last
+    checkpoint.
+    """
+
+    def __init__(self, args, name, settings, parts, steps):
+        self.path, self.name = Path(args.run, f"{name}.pt"), name
+        self.log_path = Path(args.run, "log.jsonl")
+        self.settings, self.parts, self.steps = settings, parts, steps
+        self.minutes, self.run = args.minutes, args.run
+        self.step, self.values, self.stopped = 0, {}, False
+        device = args.device
+        if self.path.exists():
+            if not args.resume:
+                raise ValueError(f"{self.path} exists: go on with --resume, choose another --run, or "
+                                 "delete it")
+            saved = load_checkpoint(self.path, name, device)
+            if saved["settings"] != settings:
+                differ = [k for k in settings if saved["settings"].get(k) != settings[k]]
+                raise ValueError(f"{self.path} was trained with another {', '.join(differ)}: "
+                                 "--resume needs the same flags")
+            for part in parts:
+                parts[part].load_state_dict(saved[part])
+            self.step = saved["step"]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._trim_log()
+
+    def _trim_log(self):
+        """Drop log lines past the checkpoint: the steps they tell of will be made again."""
+        if self.log_path.exists():
+            lines = [line for line in self.log_path.read_text().splitlines(keepends=True)
+                     if line.endswith("\n")]
+            keep = [line for line in lines if (r := json.loads(line))["phase"] != self.name
+                    or r["step"] <= self.step]
+            temporary = self.log_path.with_suffix(".tmp")
+            temporary.write_text("".join(keep))
+            temporary.replace(self.log_path)
+
+    def log(self, **values):
+        """Scalars of this step, numbers or tensors."""
+        self.values.update(values)
+
+    def save(self):
+        for part in self.parts.values():
+            if isinstance(part, torch.nn.Module) and not all(
+                    bool(p.isfinite().all()) for p in part.parameters()):
+                raise ValueError(f"weights are not finite at step {self.step}: {self.path} keeps the "
+                                 "last good ones; try a lower learning rate")
+        save_checkpoint(self.path, dict(kind=self.name, step=self.step, settings=self.settings,
+                                        **{k: p.state_dict() for k, p in self.parts.items()}))
+
+    def __iter__(self):
+        def stop(*_):
+            self.stopped = True
+            signal.signal(signal.SIGINT, before)  # a second Ctrl-C stops at once
+
+        before = signal.signal(signal.SIGINT, stop)
+        start, first, saved_at = time.time(), self.step, time.time()
+        try:
+            while self.step < self.steps and not self.stopped:
+                torch.manual_seed(self.settings["seed"] * 1_000_003 + self.step)
+                yield self.step
+                self.step += 1
+                if self.step % LOG_EVERY == 0 or self.step == self.steps:
+                    self._write_log()
+                    self._bar(start, first)
+                now = time.time()
+                if self.minutes and now - start > 60 * self.minutes:
+                    break
+                if now - saved_at > SAVE_SECONDS:
+                    self.save()
+                    saved_at = now
+            if self.step > first or not self.path.exists():
+                self.save()
+        finally:
+            signal.signal(signal.SIGINT, before)
+            print(file=sys.stderr)
+        if self.stopped:
+            print(f"stopped at step {self.step}; {self.path} is kept: go on with the same command "
+                  "and --resume", file=sys.stderr)
+            sys.exit(130)
+
+    def _write_log(self):
+        values = {k: float(v) for k, v in self.values.items()}
+        if not all(np.isfinite(v) for v in values.values()):
+            raise ValueError(f"a loss is not finite at step {self.step}: {self.path} keeps the last "
+                             "good weights; try a lower learning rate")
+        with open(self.log_path, "a") as file:
+            file.write(json.dumps({"phase": self.name, "step": self.step, **values}) + "\n")
+        self.values = {}
+        self.shown = " ".join(f"{k} {v:.3f}" for k, v in values.items())
+
+    def _bar(self, start, first):
+        spent = time.time() - start
+        rate = (self.step - first) / spent
+        share = self.step / self.steps if self.steps != float("inf") else spent / 60 / self.minutes
+        left = (self.steps - self.step) / rate if self.steps != float("inf") \
+            else 60 * self.minutes - spent
+        tty = sys.stderr.isatty()
+        if tty or self.step % (10 * LOG_EVERY) == 0 or share >= 1:
+            print(f"{chr(13) if tty else ''}{self.name} {'#' * int(20 * share):20s} step {self.step} "
+                  f"{rate:.1f}/s {left / 60:.1f} min left {self.shown}",
+                  end="" if tty else "\n", file=sys.stderr, flush=True)
+
+
+# ---------------------------------------------------------------------------------------------
+# Training (Algorithm 1)
+
+@torch.no_grad()
+def save_panel(path, G, x, y, num_classes):
+    """A picture of up to 12 images: input, masked, synthesis with y, with the next label."""
+    from torchvision.utils import save_image
+    was = G.training
+    G.eval()
+    x_m, _ = random_mask(x, MASK_RATIO, generator=torch.Generator().manual_seed(0))
+    rows = torch.cat([x, x_m, G(x_m, y)[0], G(x_m, (y + 1) % num_classes)[0]])
+    save_image((rows + 1) / 2, path, nrow=len(x))
+    G.train(was)
+
+
+def main(argv=None):
+    parser = Parser(__doc__).training()
+    parser.add_argument("--ch", type=int, help="channel multiplier [digits 8, otherwise 32]")
+    parser.add_argument("--kl-weight", type=float, default=KL, help="of Eq. 1 [%(default)s]")
+    args = parser.parse_args(argv)
+    data = args.data or "digits"
+    kind = kind_of(data)
+    steps = args.steps or (float("inf") if args.minutes else STEPS[kind])
+    settings = dict(data=data, known=args.known_classes, image_size=args.image_size or 32,
+                    seed=args.seed or 0, ch=args.ch or CH[kind],
+                    batch_size=args.batch_size or BATCH[kind], kl_weight=args.kl_weight)
+    split = Split(settings, "train", args.device)
+    settings.update(classes=split.classes, channels=split.x.shape[1])
+    x_all, y_all = split.x[~split.held], split.y[~split.held]
+    print(f"{len(x_all)} training images of {len(split.classes)} classes, {int(split.held.sum())} "
+          f"held out, on {args.device}")
+
+    torch.manual_seed(settings["seed"])
+    G = Generator(len(split.classes), settings["ch"], settings["image_size"], settings["channels"])
+    D = UNetDiscriminator(len(split.classes), settings["ch"], settings["channels"])
+    G.to(args.device), D.to(args.device)
+    opt_g = torch.optim.Adam(G.parameters(), LR_G, BETAS)
+    opt_d = torch.optim.Adam(D.parameters(), LR_D, BETAS)
+    loop = Loop(args, "generator", settings,
+                dict(generator=G, discriminator=D, opt_g=opt_g, opt_d=opt_d), steps)
+
+    panel_every = max(1, (STEPS[kind] if steps == float("inf") else steps) // PANELS)
+    show = torch.cat([torch.nonzero(split.held & (split.y == c))[:2, 0]
+                      for c in range(len(split.classes))])[:12]
+    for step in loop:
+        batch = torch.randint(len(x_all), (settings["batch_size"],)).to(args.device)
+        x, y = to_float(x_all[batch]), y_all[batch]
+        x_m, _ = random_mask(x, MASK_RATIO)
+        x_fake, mu, logvar = G(x_m, y)                            # x' = D(E(M(x)), y)
+
+        # (1) update E and D (Eq. 6 and Eq. 1); D^Unet's weights need no gradient here
+        D.requires_grad_(False)
+        loss_g = generator_loss(*D(x_fake, y), x_fake, x, ADV, L1, L2, SSIM)
+        kl = kl_divergence(mu, logvar).mean()
+        opt_g.zero_grad()
+        (loss_g + settings["kl_weight"] * kl).backward()
+        opt_g.step()
+
+        # (2) update D^Unet on the same syntheses (Eq. 3)
+        D.requires_grad_(True)
+        logit, pixels = D(torch.cat([x, x_fake.detach()]), torch.cat([y, y]))
+        (real, fake), (real_px, fake_px) = logit.chunk(2), pixels.chunk(2)
+        loss_d = discriminator_loss(real, real_px, fake, fake_px)
+        opt_d.zero_grad()
+        loss_d.backward()
+        opt_d.step()
+
+        loop.log(loss_g=loss_g.detach(), kl=kl.detach(), loss_d=loss_d.detach())
+        if (step + 1) % panel_every == 0:
+            save_panel(Path(args.run, f"samples_{step + 1:06d}.png"), G, to_float(split.x[show]),
+                       split.y[show], len(split.classes))
+    print(f"{loop.path}: {loop.step} steps")
+
+
+if __name__ == "__main__":
+    run_script(main)

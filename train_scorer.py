@@ -1,0 +1,255 @@
+"""Train the classifier under protection, then C_b, the scorer (section 3.5, Figure 3, Eq. 2).
+
+    python train_scorer.py                                       # digits, after train_gen.py
+    python train_scorer.py --run runs/cifar10                    # its own ResNet-18, then C_b
+    python train_scorer.py --run runs/mine --classifier mine.pt  # your classifier, then C_b
+    python train_scorer.py --run runs/cifar10 --resume           # go on after an interruption
+
+--classifier takes a TorchScript or torch.export program, (B, C, S, S) in [-1, 1] to logits (B, K) in
+the order of the classes, for any batch size B. Such a file can run code: use only one you trust.
+Writes RUN/classifier.pt and RUN/scorer.pt and goes on with RUN/log.jsonl.
+"""
+
+import io
+import math
+import warnings
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torchvision.models import resnet18
+
+from moodcat import (BinaryScorer, Generator, auroc, hinge_loss, load_checkpoint, random_mask,
+                     save_checkpoint)
+from train_gen import (BATCH, BETAS, MASK_RATIO, Loop, Parser, Split, kind_of, run_script, to_float)
+
+# ---------------------------------------------------------------------------------------------
+# Settings
+
+STEPS = dict(digits=400, colour=40_000)             # of C_b
+CLASSIFIER_STEPS = dict(digits=150, colour=45_000)  # 96 images each: 96 passes over CIFAR-10
+LR = 1e-3             # the paper's 5e-5 wants 20 times the iterations
+LR_CLASSIFIER = 0.05  # SGD, momentum 0.9, weight decay 5e-4, cosine to 0: the usual CIFAR recipe
+SHIFT = 4             # random crops after padding by this many pixels; colour sets are also mirrored
+CHECKS = 20           # looks at the held-out pairs in a training
+
+# ---------------------------------------------------------------------------------------------
+# The classifier under protection
+
+
+def make_classifier(num_classes, channels, stem):
+    """torchvision's ResNet-18: (B, channels, S, S) in [-1, 1] -> logits (B, num_classes). Stem "small"
+    is the usual one for 32 px (3x3, stride 1, no pooling); "fast" has stride 2: a quarter the cost."""
+    net = resnet18(num_classes=num_classes)
+    net.conv1 = torch.nn.Conv2d(channels, 64, 3, 1 if stem == "small" else 2, 1, bias=False)
+    net.maxpool = torch.nn.Identity()
+    return net
+
+
+def augment(x, mirror):
+    """Random crops, and mirror images where asked: x (B, C, S, S) -> the same shape."""
+    B, _, S, _ = x.shape
+    padded = F.pad(x, (SHIFT,) * 4, mode="reflect" if mirror else "replicate")
+    shift = torch.randint(2 * SHIFT + 1, (2, B, 1)).to(x.device)
+    rows = shift[0] + torch.arange(S, device=x.device)                           # (B, S)
+    cols = shift[1] + torch.arange(S, device=x.device)
+    if mirror:
+        cols = torch.where(torch.rand(B, 1).to(x.device) < 0.5, cols, cols.flip(1))
+    image = torch.arange(B, device=x.device)[:, None, None]
+    return padded.permute(0, 2, 3, 1)[image, rows[:, :, None], cols[:, None]].permute(0, 3, 1, 2)
+
+
+def train_classifier(args, settings, split):
+    """Cross-entropy on the training images; writes RUN/classifier.pt, returns the net in eval()."""
+    torch.manual_seed(settings["seed"])
+    net = make_classifier(len(settings["classes"]), settings["channels"], settings["stem"])
+    net.to(args.device)
+    opt = torch.optim.SGD(net.parameters(), LR_CLASSIFIER, momentum=0.9, weight_decay=5e-4,
+                          nesterov=True)
+    x_all, y_all = split.x[~split.held], split.y[~split.held]
+    loop = Loop(args, "classifier", settings, dict(classifier=net, opt=opt), settings["steps"])
+    for step in loop:
+        for group in opt.param_groups:
+            group["lr"] = LR_CLASSIFIER * 0.5 * (1 + math.cos(math.pi * step / settings["steps"]))
+        batch = torch.randint(len(x_all), (settings["batch_size"],)).to(args.device)
+        x = augment(to_float(x_all[batch]), mirror=settings["channels"] == 3)
+        loss = F.cross_entropy(net(x), y_all[batch])
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        loop.log(loss=loss.detach())
+    return net.eval()
+
+
+def load_program(blob, device):
+    """The bytes of a TorchScript or torch.export file -> a callable. Raises ValueError."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit announces its retirement
+        for load in (lambda f: torch.jit.load(f, map_location=device).eval(),
+                     lambda f: torch.export.load(f).module().to(device)):
+            try:
+                return load(io.BytesIO(blob))
+            except Exception:  # each loader fails in its own way on the other's files
+                continue
+    raise ValueError("the classifier is neither a TorchScript nor a torch.export file")
+
+
+def load_classifier(run, device):
+    """RUN/classifier.pt -> callable, images (B, C, S, S) in [-1, 1] to logits (B, K). Raises OSError
+    or ValueError."""
+    saved = load_checkpoint(Path(run, "classifier.pt"), "classifier", device)
+    if "program" in saved:
+        return load_program(saved["program"].cpu().numpy().tobytes(), device)
+    settings = saved["settings"]
+    net = make_classifier(len(settings["classes"]), settings["channels"], settings["stem"])
+    net.load_state_dict(saved["classifier"])
+    return net.to(device).eval()
+
+
+@torch.no_grad()
+def predict(classifier, x, num_classes, batch=256):
+    """uint8 images (N, C, S, S) -> logits (N, K). Raises ValueError when the classifier does not fit."""
+    try:
+        logits = torch.cat([classifier(to_float(chunk)).float() for chunk in x.split(batch)])
+    except RuntimeError as error:
+        raise ValueError(f"the classifier fails on images {tuple(x.shape[1:])} in batches of "
+                         f"{batch} (it must take any batch size): {error}") from error
+    if logits.shape != (len(x), num_classes):
+        raise ValueError(f"the classifier has {logits.shape[-1]} outputs, the run {num_classes} classes")
+    return logits
+
+
+# ---------------------------------------------------------------------------------------------
+# C_b
+
+
+class Best:
+    """The weights with the best held-out accuracy so far (ties: the smaller loss), kept with the
+    checkpoint."""
+
+    def __init__(self):
+        self.mark, self.step, self.weights = (-1.0, 0.0), 0, None
+
+    def state_dict(self):
+        return dict(mark=list(self.mark), step=self.step, weights=self.weights)
+
+    def load_state_dict(self, state):
+        self.mark, self.step, self.weights = tuple(state["mark"]), state["step"], state["weights"]
+
+    def offer(self, mark, step, net):
+        if mark > self.mark:
+            self.mark, self.step = mark, step
+            self.weights = {k: v.detach().clone() for k, v in net.state_dict().items()}
+
+
+@torch.no_grad()
+def pair_scores(G, scorer, x, y):
+    """C_b's scores (N,) of uint8 images x under labels y (N,), with masks that never change."""
+    scores = []
+    generator = torch.Generator().manual_seed(0)
+    for xs, ys in zip(x.split(256), y.split(256)):
+        xs = to_float(xs)
+        x_m, _ = random_mask(xs, MASK_RATIO, generator=generator)
+        scores.append(scorer(xs, G(x_m, ys)[0], ys))
+    return torch.cat(scores)
+
+
+def train_scorer(args, settings, split, G, y_wrong, steps):
+    """Eq. 2: (x, G(x, y), y) against (x, G(x, y'), y'), y' uniform over the labels that are not y.
+    y_wrong: a wrong label for each held-out image, to measure with. Writes RUN/scorer.pt."""
+    K = len(settings["classes"])
+    torch.manual_seed(settings["seed"])
+    scorer = BinaryScorer(K, settings["ch"], settings["channels"]).to(args.device)
+    opt, best = torch.optim.Adam(scorer.parameters(), LR, BETAS), Best()
+    x_all, y_all = split.x[~split.held], split.y[~split.held]
+    # the even held-out images choose the checkpoint; evaluate.py sets its threshold on the odd ones
+    x_check, y_check, wrong_check = split.x[split.held][::2], split.y[split.held][::2], y_wrong[::2]
+    loop = Loop(args, "scorer", settings, dict(scorer=scorer, opt=opt, best=best), steps)
+    check_every = max(1, (STEPS[kind_of(settings["data"])] if steps == math.inf else steps) // CHECKS)
+    for step in loop:
+        batch = torch.randint(len(x_all), (settings["batch_size"],)).to(args.device)
+        x, y = to_float(x_all[batch]), y_all[batch]
+        y_not = (y + torch.randint(1, K, y.shape).to(y.device)) % K
+        x_m, _ = random_mask(x, MASK_RATIO)
+        with torch.no_grad():  # G is frozen
+            x_right, x_not = G(torch.cat([x_m, x_m]), torch.cat([y, y_not]))[0].chunk(2)
+        right, wrong = scorer(torch.cat([x, x]), torch.cat([x_right, x_not]),
+                              torch.cat([y, y_not])).chunk(2)
+        loss = hinge_loss(right, wrong)
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        loop.log(loss=loss.detach())
+        if (step + 1) % check_every == 0:
+            scorer.eval()
+            right = pair_scores(G, scorer, x_check, y_check)
+            wrong = pair_scores(G, scorer, x_check, wrong_check)
+            scorer.train()
+            accuracy = ((right > 0).float().mean() + (wrong <= 0).float().mean()).item() / 2
+            best.offer((accuracy, -hinge_loss(right, wrong).item()), step + 1, scorer)
+            loop.log(pair_accuracy=accuracy, pair_auroc=auroc(right, wrong))
+    if best.weights is None:  # stopped by --minutes before the first look
+        best.offer((0.0, 0.0), loop.step, scorer)
+        loop.save()
+    print(f"{loop.path}: {loop.step} steps, best pair accuracy {best.mark[0]:.3f} at {best.step}")
+
+
+def load_generator(args):
+    """RUN/generator.pt -> G in eval(), frozen, and the settings it was trained with. The flags may
+    move the data; any other difference is a ValueError."""
+    path = Path(args.run, "generator.pt")
+    if not path.exists():
+        raise OSError(f"{path} does not exist: run train_gen.py --run {args.run} first")
+    saved = load_checkpoint(path, "generator", args.device)
+    settings = saved["settings"]
+    for flag in ("image_size", "known_classes"):
+        given, had = getattr(args, flag), settings["known" if flag == "known_classes" else flag]
+        if given is not None and given != had:
+            raise ValueError(f"{path} was trained with {flag} {had}, not {given}")
+    settings["data"] = args.data or settings["data"]
+    G = Generator(len(settings["classes"]), settings["ch"], settings["image_size"],
+                  settings["channels"])
+    G.load_state_dict(saved["generator"])
+    return G.to(args.device).eval().requires_grad_(False), settings
+
+
+def main(argv=None):
+    parser = Parser(__doc__).training()
+    parser.add_argument("--classifier", metavar="FILE", help="your own, instead of training one")
+    parser.add_argument("--classifier-steps", type=int, help="[digits 150, otherwise 45000]")
+    parser.add_argument("--stem", choices=["small", "fast"],
+                        help="of the ResNet-18: 3x3 with stride 1 or 2 [digits fast, otherwise small]")
+    args = parser.parse_args(argv)
+    G, settings = load_generator(args)
+    kind = kind_of(settings["data"])
+    settings.update(seed=settings["seed"] if args.seed is None else args.seed,
+                    batch_size=args.batch_size or BATCH[kind])
+    split = Split(settings, "train", args.device)
+    if split.classes != settings["classes"]:
+        raise ValueError(f"{args.run} was trained on the classes {', '.join(settings['classes'])}; "
+                         f"{settings['data']} has {', '.join(split.classes)}")
+    K = len(split.classes)
+
+    if args.classifier:
+        blob = Path(args.classifier).read_bytes()
+        classifier = load_program(blob, args.device)
+        predict(classifier, split.x[:3], K)
+        save_checkpoint(Path(args.run, "classifier.pt"), dict(
+            kind="classifier", settings=settings,
+            program=torch.frombuffer(bytearray(blob), dtype=torch.uint8)))
+    else:
+        classifier = train_classifier(args, {
+            **settings, "stem": args.stem or ("fast" if kind == "digits" else "small"),
+            "steps": args.classifier_steps or CLASSIFIER_STEPS[kind]}, split)
+    logits = predict(classifier, split.x[split.held], K)
+    y_held = split.y[split.held]
+    print(f"classifier: held-out accuracy {(logits.argmax(1) == y_held).float().mean():.4f}")
+
+    # the likeliest label that is wrong stands for the classifier's mistakes on OOD images
+    y_wrong = logits.scatter(1, y_held[:, None], -math.inf).argmax(1)
+    steps = args.steps or (math.inf if args.minutes else STEPS[kind])
+    train_scorer(args, settings, split, G, y_wrong, steps)
+
+
+if __name__ == "__main__":
+    run_script(main)
