@@ -241,7 +241,7 @@ def draw_scores(run, sets, methods, threshold):
     for ax, method in zip(axes, methods):
         low, high = np.percentile(np.concatenate([s[method] for s in sets.values()]), [1, 99])
         for name, s in sets.items():
-            ax.hist(s[method].clip(low, high), 30, (low, high), density=True, alpha=0.5, label=name)
+            ax.hist(s[method].clip(low, high), 30, range=(low, high), density=True, alpha=0.5, label=name)
         if method == "cascade":
             ax.axvline(threshold, color="k", lw=1)
         ax.set_title(method, fontsize=9)
@@ -317,8 +317,9 @@ def main(argv=None):
 
     # the sets: uint8 images, the names of the images; in-distribution first
     if args.dev:
-        sets = {"in-distribution": (train.x[train.held], train.names[train.held.cpu()])}
-        labels, unknown = train.y[train.held], (train.unknown, train.unknown_names)
+        rows = torch.nonzero(train.held)[1::2, 0]  # the even ones chose C_b's checkpoint
+        sets = {"in-distribution": (train.x[rows], train.names[rows.cpu()])}
+        labels, unknown = train.y[rows], (train.unknown, train.unknown_names)
     else:
         test = Split(settings, "test", args.device)
         sets, labels = {"in-distribution": (test.x, test.names)}, test.y

@@ -648,7 +648,7 @@ def _knots(scores):
 def _rank(scores, values, ranks):
     """Scores (B,) -> ranks among the held-out scores, float64: linear between them, continued
     beyond both ends with the mean slope, so that distinct scores never tie."""
-    s = scores.double().cpu()
+    s = scores.double().cpu().contiguous()
     values, ranks = values.cpu(), ranks.cpu()
     i = torch.searchsorted(values, s).clamp(1, len(values) - 1)
     inside = ranks[i - 1] + (s - values[i - 1]) * ((ranks[i] - ranks[i - 1])
