@@ -28,10 +28,10 @@ import torch
 import torchvision
 from sklearn.metrics import auc, precision_recall_curve, roc_auc_score, roc_curve
 
-from moodcat import DISTS, LPIPS, BinaryScorer, MoodCat, load_checkpoint, ssim
+from moodcat import DISTS, LPIPS, BinaryScorer, MoodCat, load_checkpoint, load_weights, ssim
 from train_gen import (Parser, Split, download, fit_image, image_files, kind_of, read_files,
                        run_script, to_float)
-from train_scorer import load_classifier, load_generator, predict
+from train_scorer import load_classifier, load_run, predict
 
 # ---------------------------------------------------------------------------------------------
 # Settings
@@ -91,10 +91,15 @@ def make_scorers(names, run, settings, device):
     scorers = {}
     for name in names:
         if name == "cb":
-            saved = load_checkpoint(Path(run, "scorer.pt"), "scorer", device)
-            scorers[name] = BinaryScorer(len(settings["classes"]), settings["ch"],
-                                         settings["channels"])
-            scorers[name].load_state_dict(saved["best"]["weights"])
+            path = Path(run, "scorer.pt")
+            saved = load_checkpoint(path, "scorer", device)
+            differ = [k for k in ("classes", "generator_step") if saved["settings"][k] != settings[k]]
+            if differ:
+                raise ValueError(f"{path} was trained with another {' and '.join(differ)} than "
+                                 "generator.pt: delete it and run train_scorer.py again")
+            scorers[name] = load_weights(
+                BinaryScorer(len(settings["classes"]), settings["ch"], settings["channels"]),
+                saved["best"]["weights"], path)
         elif name == "ssim":
             scorers[name] = ssim
         elif name == "dists":
@@ -144,18 +149,13 @@ def score_set(detector, classifier, x, y_oracle, title, batch=256):
     return {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
 
 
-def calibrated_detector(args, G, classifier, settings):
+def calibrated_detector(args, G, classifier, settings, split):
     """The run's nets with everything fixed on the held-out training images, at y = C(x)."""
-    train = Split(settings, "train", args.device)
-    if train.classes != settings["classes"]:
-        raise ValueError(f"{args.run} knows the classes {', '.join(settings['classes'])}; "
-                         f"{settings['data']} has {', '.join(train.classes)}")
     names = args.scorers or SCORERS[kind_of(settings["data"])]
     detector = MoodCat(G, make_scorers(names, args.run, settings, args.device), seed=args.seed or 0)
-    x = train.x[train.held]
-    guesses = predict(classifier, x, len(train.classes)).topk(2).indices
-    detector.calibrate(to_float(x), guesses[:, 0], TPR, guesses[:, 1])
-    return detector, train
+    x = split.x[split.held]
+    guesses = predict(classifier, x, len(settings["classes"])).topk(2).indices
+    return detector.calibrate(to_float(x), guesses[:, 0], TPR, guesses[:, 1])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -274,8 +274,7 @@ def judge_images(args):
     if not Path(args.run, "detector.pt").exists():
         raise OSError(f"{args.run}/detector.pt does not exist: run evaluate.py --run {args.run} first")
     detector = MoodCat.load(Path(args.run, "detector.pt"), args.device)
-    classifier = load_classifier(args.run, args.device)
-    classes = load_checkpoint(Path(args.run, "classifier.pt"), "classifier")["settings"]["classes"]
+    classifier, classes = load_classifier(args.run, args.device)
     want = detector.generator.settings
     files = image_files(args.images)
     x = read_files(files, want["channels"], want["image_size"]).to(args.device)
@@ -308,10 +307,9 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.images:
         return judge_images(args)
-    G, settings = load_generator(args)
-    settings["unknown"] = args.unknown_classes
-    classifier = load_classifier(args.run, args.device)
-    detector, train = calibrated_detector(args, G, classifier, settings)
+    G, settings, train = load_run(args)
+    classifier, _ = load_classifier(args.run, args.device, settings["classes"])
+    detector = calibrated_detector(args, G, classifier, settings, train)
     detector.save(Path(args.run, "detector.pt"))
     classes, threshold = settings["classes"], detector.calibration["threshold"]
 

@@ -20,6 +20,7 @@ quality, detector. Training is in train_gen.py and train_scorer.py, numbers are 
 
 import hashlib
 import io
+import math
 import os
 import pickle
 import tempfile
@@ -564,7 +565,7 @@ class MoodCat:
             scores = {name: s[1::2] for name, s in scores.items()}
         n = len(next(iter(scores.values())))
         # accepting down to the k-th largest of n accepts a fresh image with probability k / (n + 1)
-        k = -int(-tpr * (n + 1) // 1)  # rounded up
+        k = math.ceil(tpr * (n + 1) - 1e-9)
         if not 0 < tpr < 1 or k > n:
             raise ValueError(f"{n} images cannot fix a threshold for a TPR of {tpr}: give more")
         ranks = {name: _knots(s) for name, s in scores.items()}
@@ -620,8 +621,7 @@ class MoodCat:
     def load(cls, path, device="cpu"):
         """The detector that save() wrote. Raises OSError or ValueError."""
         saved = load_checkpoint(path, "detector", device)
-        generator = Generator(**saved["settings"])
-        generator.load_state_dict(saved["weights"])
+        generator = load_weights(Generator(**saved["settings"]), saved["weights"], path)
         scorers = {}
         for name, part in saved["scorers"].items():
             if part["kind"] == "ssim":
@@ -630,7 +630,7 @@ class MoodCat:
                 kinds = dict(BinaryScorer=BinaryScorer, LPIPS=LPIPS, DISTS=DISTS)
                 scorers[name] = kinds[part["kind"]](**part["settings"])
             if "weights" in part:
-                scorers[name].load_state_dict(part["weights"])
+                load_weights(scorers[name], part["weights"], path)
         detector = cls(generator.to(device), scorers, **saved["mask"])
         detector.calibration = saved["calibration"]
         return detector
@@ -639,7 +639,7 @@ class MoodCat:
 def _knots(scores):
     """Held-out scores (N,) -> distinct scores, ascending, and their ranks in (0, 1), float64."""
     values, counts = scores.double().cpu().unique(return_counts=True)
-    ranks = (counts.cumsum(0) - counts + (counts + 1) / 2) / (len(scores) + 1)
+    ranks = (counts.cumsum(0) - counts + (counts.double() + 1) / 2) / (len(scores) + 1)
     if len(values) == 1:  # a constant score still needs a slope
         values, ranks = torch.cat([values, values + 1]), torch.cat([ranks, ranks + 1])
     return values, ranks
@@ -710,12 +710,23 @@ def load_checkpoint(path, kind, device="cpu"):
     (damaged, foreign, another kind)."""
     if not Path(path).is_file():
         raise OSError(f"{path} does not exist")
+    content = io.BytesIO(Path(path).read_bytes())
     try:
-        saved = torch.load(path, map_location=device, weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
+        saved = torch.load(content, map_location=device, weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError, OSError) as error:
         raise ValueError(f"{path} is damaged or no checkpoint; delete it and train again") from error
     if not isinstance(saved, dict) or saved.get("format") != "moodcat 1":
         raise ValueError(f"{path} is not a checkpoint of this project")
     if saved["kind"] != kind:
         raise ValueError(f"{path} holds a {saved['kind']}, not a {kind}")
     return saved
+
+
+def load_weights(net, weights, path):
+    """net with the weights that stood in the file `path`. Raises ValueError when they do not fit."""
+    try:
+        net.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"{path} holds a {type(net).__name__} of another width, image size or number "
+                         "of classes") from error
+    return net

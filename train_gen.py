@@ -48,6 +48,7 @@ PANELS = 10        # sample panels in a training
 # Data: each split is one uint8 tensor (N, C, S, S); the fixed held-out part trains nothing
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+MIN_HELD = 40             # held-out images: half of them fix a threshold for 95%
 DOWNLOADS = Path("data")  # where torchvision puts CIFAR, SVHN, DTD
 
 
@@ -181,6 +182,9 @@ class Split:
                                [n for n in classes if n not in self.classes])
         if set(unknown) & set(known):
             raise ValueError("a class cannot be both known and unknown")
+        if split == "train" and self.held.sum() < MIN_HELD:
+            raise ValueError(f"{int(self.held.sum())} held-out images are too few for a threshold: "
+                             f"{MIN_HELD} are the least, half of the training images at most")
         is_unknown = torch.isin(y, torch.tensor(unknown, dtype=y.dtype))
         self.unknown, self.unknown_names = x[is_unknown].to(device), names[is_unknown]
 
@@ -219,6 +223,17 @@ class Parser(argparse.ArgumentParser):
                           help="nets in bfloat16: twice as fast where the hardware has it")
         return self
 
+    def parse_args(self, argv=None):
+        args = super().parse_args(argv)
+        for flag, value in vars(args).items():
+            if type(value) in (int, float) and value <= 0 and flag not in ("seed", "kl_weight"):
+                self.error(f"--{flag.replace('_', '-')} must be positive")
+        try:
+            torch.empty(0, device=args.device)
+        except RuntimeError:
+            self.error(f"there is no device {args.device!r} here")
+        return args
+
     def error(self, message):
         raise ValueError(f"{message} (--help lists the flags)")
 
@@ -231,6 +246,8 @@ def run_script(main):
         sys.exit("error: the device's memory is too small for this batch: lower --batch-size")
     except (ValueError, OSError) as error:
         sys.exit("error: " + " ".join(str(error).split()))
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def in_bf16(net, args):
@@ -261,18 +278,16 @@ class Loop:
     checkpoint.
     """
 
-    def __init__(self, args, name, settings, parts, steps):
+    def __init__(self, args, name, settings, parts, steps, minutes=None):
         self.path, self.name = Path(args.run, f"{name}.pt"), name
         self.log_path = Path(args.run, "log.jsonl")
         self.settings, self.parts, self.steps = settings, parts, steps
-        self.minutes, self.run = args.minutes, args.run
-        self.step, self.values, self.stopped = 0, {}, False
-        device = args.device
+        self.minutes, self.step, self.values, self.stopped = minutes, 0, {}, False
         if self.path.exists():
             if not args.resume:
                 raise ValueError(f"{self.path} exists: go on with --resume, choose another --run, or "
                                  "delete it")
-            saved = load_checkpoint(self.path, name, device)
+            saved = load_checkpoint(self.path, name, args.device)
             if saved["settings"] != settings:
                 differ = [k for k in settings if saved["settings"].get(k) != settings[k]]
                 raise ValueError(f"{self.path} was trained with another {', '.join(differ)}: "
@@ -402,7 +417,7 @@ def main(argv=None):
     opt_g = torch.optim.Adam(G.parameters(), LR_G, BETAS)
     opt_d = torch.optim.Adam(D.parameters(), LR_D, BETAS)
     loop = Loop(args, "generator", settings,
-                dict(generator=G, discriminator=D, opt_g=opt_g, opt_d=opt_d), steps)
+                dict(generator=G, discriminator=D, opt_g=opt_g, opt_d=opt_d), steps, args.minutes)
 
     panel_every = max(1, (STEPS[kind] if steps == float("inf") else steps) // PANELS)
     show = torch.cat([torch.nonzero(split.held & (split.y == c))[:2, 0]

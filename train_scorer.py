@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torchvision.models import resnet18
 
-from moodcat import (BinaryScorer, Generator, auroc, hinge_loss, load_checkpoint, random_mask,
-                     save_checkpoint)
+from moodcat import (BinaryScorer, Generator, auroc, hinge_loss, load_checkpoint, load_weights,
+                     random_mask, save_checkpoint)
 from train_gen import (BATCH, BETAS, MASK_RATIO, Loop, Parser, Split, in_bf16, kind_of, run_script,
                        to_float)
 
@@ -40,7 +40,7 @@ CHECKS = 10           # looks at the held-out pairs in a training
 
 def make_classifier(num_classes, channels, stem):
     """torchvision's ResNet-18: (B, channels, S, S) in [-1, 1] -> logits (B, num_classes). Stem "small"
-    is the usual one for 32 px (3x3, stride 1, no pooling); "fast" has stride 2: a quarter the cost."""
+    is the usual one for 32 px (3x3, stride 1, no pooling); "fast" has stride 2: a quarter of the cost."""
     net = resnet18(num_classes=num_classes)
     net.conv1 = torch.nn.Conv2d(channels, 64, 3, 1 if stem == "small" else 2, 1, bias=False)
     net.maxpool = torch.nn.Identity()
@@ -98,16 +98,20 @@ def load_program(blob, device):
     raise ValueError("the classifier is neither a TorchScript nor a torch.export file")
 
 
-def load_classifier(run, device):
-    """RUN/classifier.pt -> callable, images (B, C, S, S) in [-1, 1] to logits (B, K). Raises OSError
-    or ValueError."""
-    saved = load_checkpoint(Path(run, "classifier.pt"), "classifier", device)
-    if "program" in saved:
-        return load_program(saved["program"].cpu().numpy().tobytes(), device)
+def load_classifier(run, device, classes=None):
+    """RUN/classifier.pt -> callable, images (B, C, S, S) in [-1, 1] to logits (B, K), and its class
+    names, which must be `classes` where those are given. Raises OSError or ValueError."""
+    path = Path(run, "classifier.pt")
+    saved = load_checkpoint(path, "classifier", device)
     settings = saved["settings"]
+    if classes and settings["classes"] != classes:
+        raise ValueError(f"{path} was trained on the classes {', '.join(settings['classes'])}, not "
+                         f"{', '.join(classes)}")
+    if "program" in saved:
+        return load_program(saved["program"].cpu().numpy().tobytes(), device), settings["classes"]
     net = make_classifier(len(settings["classes"]), settings["channels"], settings["stem"])
-    net.load_state_dict(saved["classifier"])
-    return net.to(device).eval()
+    load_weights(net, saved["classifier"], path)
+    return net.to(device).eval(), settings["classes"]
 
 
 @torch.no_grad()
@@ -146,6 +150,11 @@ class Best:
             self.weights = {k: v.detach().clone() for k, v in net.state_dict().items()}
 
 
+def wrong_labels(y, num_classes):
+    """y (N,) -> y' (N,), uniform over the labels that are not y (Figure 3)."""
+    return (y + torch.randint(1, num_classes, y.shape).to(y.device)) % num_classes
+
+
 @torch.no_grad()
 def pair_scores(G, scorer, x, y):
     """C_b's scores (N,) of uint8 images x under labels y (N,), with masks that never change."""
@@ -169,13 +178,14 @@ def train_scorer(args, settings, split, G, y_wrong, steps):
     x_all, y_all = split.x[~split.held], split.y[~split.held]
     # the even held-out images choose the checkpoint; evaluate.py sets its threshold on the odd ones
     x_check, y_check, wrong_check = split.x[split.held][::2], split.y[split.held][::2], y_wrong[::2]
-    loop = Loop(args, "scorer", settings, dict(scorer=scorer, opt=opt, best=best), steps)
+    loop = Loop(args, "scorer", settings, dict(scorer=scorer, opt=opt, best=best), steps,
+                args.minutes)
     check_every = max(1, (STEPS[kind_of(settings["data"])] if steps == math.inf else steps) // CHECKS)
     synthesise, compare = in_bf16(G, args), in_bf16(scorer, args)
     for step in loop:
         batch = torch.randint(len(x_all), (settings["batch_size"],)).to(args.device)
         x, y = to_float(x_all[batch]), y_all[batch]
-        y_not = (y + torch.randint(1, K, y.shape).to(y.device)) % K
+        y_not = wrong_labels(y, K)
         x_m, _ = random_mask(x, MASK_RATIO)
         with torch.no_grad():  # G is frozen
             x_right, x_not = synthesise(torch.cat([x_m, x_m]), torch.cat([y, y_not]))[0].chunk(2)
@@ -200,23 +210,39 @@ def train_scorer(args, settings, split, G, y_wrong, steps):
     print(f"{loop.path}: {loop.step} steps, best pair accuracy {best.mark[0]:.3f} at {best.step}")
 
 
-def load_generator(args):
-    """RUN/generator.pt -> G in eval(), frozen, and the settings it was trained with. The flags may
-    move the data; any other difference is a ValueError."""
+def load_run(args):
+    """RUN/generator.pt -> G in eval(), frozen, the settings it was trained with and its training
+    split. --data may move the data; anything else that differs is a ValueError."""
     path = Path(args.run, "generator.pt")
     if not path.exists():
         raise OSError(f"{path} does not exist: run train_gen.py --run {args.run} first")
     saved = load_checkpoint(path, "generator", args.device)
     settings = saved["settings"]
-    for flag in ("image_size", "known_classes"):
-        given, had = getattr(args, flag), settings["known" if flag == "known_classes" else flag]
-        if given is not None and given != had:
-            raise ValueError(f"{path} was trained with {flag} {had}, not {given}")
-    settings["data"] = args.data or settings["data"]
+    if args.image_size not in (None, settings["image_size"]):
+        raise ValueError(f"{path} was trained with --image-size {settings['image_size']}")
+    settings.update(data=args.data or settings["data"], generator_step=saved["step"],
+                    known=args.known_classes or settings["classes"],
+                    unknown=getattr(args, "unknown_classes", None))
+    split = Split(settings, "train", args.device)
+    if split.classes != settings["classes"] or split.x.shape[1] != settings["channels"]:
+        raise ValueError(f"{path} was trained on the classes {', '.join(settings['classes'])}, not "
+                         f"{', '.join(split.classes)}")
     G = Generator(len(settings["classes"]), settings["ch"], settings["image_size"],
                   settings["channels"])
-    G.load_state_dict(saved["generator"])
-    return G.to(args.device).eval().requires_grad_(False), settings
+    load_weights(G, saved["generator"], path)
+    return G.to(args.device).eval().requires_grad_(False), settings, split
+
+
+def store_program(args, settings, split):
+    """--classifier FILE -> RUN/classifier.pt, and a callable."""
+    path, blob = Path(args.run, "classifier.pt"), Path(args.classifier).read_bytes()
+    if path.exists() and not args.resume:
+        raise ValueError(f"{path} exists: go on with --resume, choose another --run, or delete it")
+    classifier = load_program(blob, args.device)
+    predict(classifier, split.x[:3], len(settings["classes"]))
+    save_checkpoint(path, dict(kind="classifier", settings=settings,
+                               program=torch.frombuffer(bytearray(blob), dtype=torch.uint8)))
+    return classifier
 
 
 def main(argv=None):
@@ -226,28 +252,17 @@ def main(argv=None):
     parser.add_argument("--stem", choices=["small", "fast"],
                         help="of the ResNet-18: 3x3 with stride 1 or 2 [digits fast, otherwise small]")
     args = parser.parse_args(argv)
-    G, settings = load_generator(args)
-    kind = kind_of(settings["data"])
+    G, settings, split = load_run(args)
+    kind, K = kind_of(settings["data"]), len(settings["classes"])
     settings.update(seed=settings["seed"] if args.seed is None else args.seed, bf16=args.bf16,
                     batch_size=args.batch_size or BATCH[kind])
-    split = Split(settings, "train", args.device)
-    if split.classes != settings["classes"]:
-        raise ValueError(f"{args.run} was trained on the classes {', '.join(settings['classes'])}; "
-                         f"{settings['data']} has {', '.join(split.classes)}")
-    K = len(split.classes)
-
     if args.classifier:
-        blob = Path(args.classifier).read_bytes()
-        classifier = load_program(blob, args.device)
-        predict(classifier, split.x[:3], K)
-        save_checkpoint(Path(args.run, "classifier.pt"), dict(
-            kind="classifier", settings=settings,
-            program=torch.frombuffer(bytearray(blob), dtype=torch.uint8)))
+        classifier = store_program(args, settings, split)
     else:
         own = {k: settings[k] for k in ("data", "classes", "image_size", "channels", "seed",
-                                        "batch_size")}
+                                        "batch_size", "bf16")}
         classifier = train_classifier(args, dict(
-            own, stem=args.stem or ("fast" if kind == "digits" else "small"), bf16=args.bf16,
+            own, stem=args.stem or ("fast" if kind == "digits" else "small"),
             steps=args.classifier_steps or CLASSIFIER_STEPS[kind]), split)
     logits = predict(classifier, split.x[split.held], K)
     y_held = split.y[split.held]

@@ -1,0 +1,785 @@
+"""pytest -q test_moodcat.py: under 5 minutes on 2 cores, offline.
+
+Formulas are compared with a second implementation or with published check values, scripts are run
+for real on the handwritten digits, at a size that shows what they do.
+"""
+
+import csv
+import errno
+import hashlib
+import json
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import evaluate
+import moodcat
+import train_gen
+import train_scorer
+from evaluate import ood_metrics
+from moodcat import (DISTS, LPIPS, MASK_STYLES, BinaryScorer, ConditionalBatchNorm, Decoder, Encoder,
+                     Generator, MoodCat, UNetDiscriminator, discriminator_loss, generator_loss,
+                     hinge_loss, kl_divergence, load_checkpoint, random_mask, save_checkpoint, ssim)
+
+
+def images(n, channels=3, size=32, seed=0):
+    return torch.rand(n, channels, size, size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def tiny_detector(scorers=None, num_classes=3, size=16, **options):
+    torch.manual_seed(0)
+    G = Generator(num_classes, ch=2, image_size=size, channels=1)
+    return MoodCat(G, scorers or {"cb": BinaryScorer(num_classes, ch=2, channels=1), "ssim": ssim},
+                   **options)
+
+
+# --- masking -----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("size", [16, 32, 64])
+def test_random_mask_is_a_rectangle_inside_the_ratio(size):
+    x = images(2000, 1, size)
+    x_m, mask = random_mask(x, generator=torch.Generator().manual_seed(1))
+    assert mask.shape == (2000, 1, size, size) and mask.dtype == torch.bool
+    assert (x_m[mask] == 0).all() and (x_m[~mask] == x[~mask]).all()  # True = removed
+    h, w = mask.any(3).sum(2)[:, 0], mask.any(2).sum(2)[:, 0]
+    area = mask.sum((1, 2, 3))
+    assert (h * w == area).all()
+    share = area / size**2
+    assert share.min() >= 0.1 and share.max() <= 0.3
+    assert abs(share.mean() - 0.2) < 0.01 and abs(share.std() - 0.2 / 12**0.5) < 0.01  # uniform
+    assert len({(a, b) for a, b in zip(h.tolist(), w.tolist())}) > 5  # its own sides for each image
+    covered = mask.float().mean(0)[0]
+    assert (covered > 0).float().mean() > 0.99  # anywhere
+    assert torch.allclose(covered, covered.flip(0, 1), atol=0.08)  # in no favoured corner
+
+
+def test_random_mask_follows_its_generator_and_images_differ():
+    x = images(50, 1)
+    draw = lambda s: random_mask(x, generator=torch.Generator().manual_seed(s))[1]
+    assert (draw(3) == draw(3)).all() and (draw(3) != draw(4)).any()
+    assert len({m.numpy().tobytes() for m in draw(3)}) > 40
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.3, 0.5])
+def test_a_single_ratio_removes_about_that_share(ratio):
+    for style, slack in (("random", 0.016), ("fixed", 0.02), ("patch", 1 / 32)):
+        mask = random_mask(images(100, 1), ratio, style)[1]
+        assert (mask.float().mean((1, 2, 3)) - ratio).abs().max() <= slack, style
+
+
+def test_the_other_mask_styles():
+    x = images(64, 3)
+    x_m, mask = random_mask(x, style="none")
+    assert (x_m == x).all() and not mask.any()
+    mask = random_mask(x, 0.25, "fixed")[1]
+    assert mask[:, :, 8:24, 8:24].all() and mask[0].sum() == 256  # the centred 16 x 16 square
+    squares = F.avg_pool2d(random_mask(x, (0.1, 0.3), "patch")[1].float(), 8)
+    assert ((squares == 0) | (squares == 1)).all()
+    counts = squares.sum((1, 2, 3))
+    assert set(counts.tolist()) == {2.0, 3.0, 4.0} and (squares.mean(0) > 0).all()
+    x_m, mask = random_mask(x, style="shuffle")
+    cut = lambda t: F.unfold(t, 8, stride=8).transpose(1, 2)
+    assert not mask.any() and (x_m != x).any()
+    order = torch.cdist(cut(x_m), cut(x)).argmin(2)  # which square went where
+    assert (order.sort(1).values == torch.arange(16)).all() and len(order.unique(dim=0)) > 60
+    assert torch.equal(cut(x).gather(1, order[:, :, None].expand(-1, -1, 192)), cut(x_m))
+
+
+def test_mask_errors():
+    for bad in (dict(style="blob"), dict(ratio=(0.3, 0.1)), dict(ratio=1.5)):
+        with pytest.raises(ValueError):
+            random_mask(images(1), **bad)
+
+
+# --- nets --------------------------------------------------------------------------------------
+
+def test_parameter_counts_are_the_authors():
+    count = lambda net: sum(p.numel() for p in net.parameters())
+    for net, theirs in ((Encoder(), 460_928), (Decoder(10), 3_821_955),
+                        (UNetDiscriminator(10), 4_145_507), (BinaryScorer(10), 272_450)):
+        assert abs(count(net) / theirs - 1) < 0.03, type(net).__name__
+
+
+@pytest.mark.parametrize("size, channels", [(16, 1), (24, 3), (32, 3), (64, 3)])
+def test_shapes_and_ranges(size, channels):
+    x, y = images(3, channels, size), torch.tensor([0, 1, 4])
+    G = Generator(5, ch=4, image_size=size, channels=channels)
+    x_fake, mu, logvar = G(x, y)
+    assert x_fake.shape == x.shape and x_fake.abs().max() <= 1
+    assert mu.shape == logvar.shape == (3, 128)
+    logit, pixels = UNetDiscriminator(5, ch=4, channels=channels)(x, y)
+    assert logit.shape == (3,) and pixels.shape == (3, 1, size, size)
+    assert BinaryScorer(5, ch=4, channels=channels)(x, x_fake, y).shape == (3,)
+    for bad in (8, 20):
+        with pytest.raises(ValueError, match="multiple of 8"):
+            Generator(5, image_size=bad)
+
+
+def test_conditional_batch_norm_is_batch_norm_with_the_class_affine():
+    x, e = torch.randn(6, 5, 4, 4), torch.randn(1, 8).expand(6, 8)
+    ours, theirs = ConditionalBatchNorm(5, 8), torch.nn.BatchNorm2d(5)
+    with torch.no_grad():
+        ours.eval()
+        theirs.weight.copy_(1 + e[0] @ ours.gain.weight.T)
+        theirs.bias.copy_(e[0] @ ours.bias.weight.T)
+        ours.train()
+        for _ in range(2):  # running statistics, too
+            assert torch.allclose(ours(x, e), theirs(x), atol=2e-3)
+        assert torch.allclose(ours.eval()(x, e), theirs.eval()(x), atol=2e-3)
+
+
+def test_spectral_norm_holds_in_every_conditional_net():
+    for net in (Decoder(3, ch=4), UNetDiscriminator(3, ch=4), BinaryScorer(3, ch=4)):
+        x, y = images(2), torch.tensor([0, 1])
+        for _ in range(20):  # the power iteration of a training
+            net(*{Decoder: (torch.randn(2, 128), y), UNetDiscriminator: (x, y),
+                  BinaryScorer: (x, x, y)}[type(net)])
+        layers = [m for m in net.modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear))]
+        for layer in layers:
+            assert torch.linalg.matrix_norm(layer.weight.flatten(1), 2) < 1.1
+        assert len(layers) > 10
+
+
+def test_generator_samples_in_train_and_takes_the_mean_in_eval():
+    G, x, y = Generator(3, ch=4), images(4), torch.tensor([0, 1, 2, 0])
+    assert not torch.equal(G(x, y)[0], G(x, y)[0])
+    G.eval()
+    x_fake, mu, _ = G(x, y)
+    assert torch.equal(x_fake, G(x, y)[0]) and torch.equal(x_fake, G.decoder(mu, y))
+    mu, logvar = torch.zeros(1, 128), torch.full((1, 128), 2.0).log() * 2  # Sigma = 2
+    G.encoder.forward = lambda _: (mu.expand(4, -1), logvar.expand(4, -1))
+    G.decoder.forward = lambda z, _: z
+    assert abs(torch.cat([G.train()(x, y)[0] for _ in range(20)]).std() - 2) < 0.1
+
+
+def test_the_label_decides_in_every_conditional_net():
+    x, y = images(2), torch.tensor([0, 1])
+    G, D, C_b = Generator(3, ch=4).eval(), UNetDiscriminator(3, ch=4).eval(), BinaryScorer(3, ch=4).eval()
+    for net, i in ((lambda y: G(x, y), 0), (lambda y: D(x, y), 0), (lambda y: D(x, y), 1),
+                   (lambda y: (C_b(x, x, y),), 0)):
+        assert ((net(y)[i] - net((y + 1) % 3)[i]).abs().reshape(2, -1).amax(1) > 1e-4).all()
+
+
+def test_both_encoder_heads_get_a_gradient():
+    G = Generator(3, ch=4)
+    x_fake, mu, logvar = G(images(4), torch.tensor([0, 1, 2, 0]))
+    (x_fake.square().mean() + kl_divergence(mu, logvar).mean()).backward()
+    for head in (G.encoder.mu, G.encoder.logvar):
+        assert head.weight.grad.abs().sum() > 0
+
+
+# --- losses ------------------------------------------------------------------------------------
+
+def test_kl_divergence_against_torch_distributions():
+    mu, logvar = torch.randn(5, 128), torch.randn(5, 128)
+    theirs = torch.distributions.kl_divergence(
+        torch.distributions.Normal(mu, (logvar / 2).exp()), torch.distributions.Normal(0.0, 1.0)).sum(1)
+    assert torch.allclose(kl_divergence(mu, logvar), theirs, rtol=1e-4)
+
+
+def test_adversarial_losses_against_binary_cross_entropy():
+    real, fake = torch.randn(4), torch.randn(4)
+    real_px, fake_px = torch.randn(4, 1, 8, 8), torch.randn(4, 1, 8, 8)
+    is_real = lambda t: F.binary_cross_entropy_with_logits(t, torch.ones_like(t))
+    is_fake = lambda t: F.binary_cross_entropy_with_logits(t, torch.zeros_like(t))
+    assert torch.isclose(discriminator_loss(real, real_px, fake, fake_px),
+                         is_real(real) + is_fake(fake) + is_real(real_px) + is_fake(fake_px))
+    x, y = images(4), images(4, seed=1)
+    theirs = (2 * (is_real(fake) + is_real(fake_px)) + 3 * (x - y).abs().mean()
+              + 5 * (x - y).square().mean() + 7 * (1 - ssim(x, y)).mean())
+    assert torch.isclose(generator_loss(fake, fake_px, x, y, 2, 3, 5, 7), theirs)
+
+
+def test_hinge_loss_by_hand():
+    # Eq. 2: relu(1 - 2), relu(1 - 0.5), relu(1 + 3) | relu(1 - 2), relu(1 + 0), relu(1 + 1)
+    assert torch.isclose(hinge_loss(torch.tensor([2.0, 0.5, -3.0]), torch.tensor([-2.0, 0.0, 1.0])),
+                         torch.tensor((0 + 0.5 + 4) / 3 + (0 + 1 + 2) / 3))
+
+
+def published_pair():
+    r = np.random.default_rng(0)
+    x = r.random((2, 3, 32, 32))
+    y = np.clip(x + 0.1 * r.standard_normal((2, 3, 32, 32)), 0, 1)
+    return (torch.from_numpy(a * 2 - 1).float() for a in (x, y))
+
+
+def test_ssim_check_values():
+    x, y = published_pair()
+    assert torch.allclose(ssim(x, y), torch.tensor([0.9440343, 0.9469012]), atol=2e-6)
+    assert torch.allclose(ssim(x, x), torch.ones(2)) and ssim(x, -x).max() < 0
+
+
+# --- image quality -----------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def seeded_weights(tmp_path_factory):
+    """A TORCH_HOME with a seeded VGG16 and uniform DISTS weights: the real loading code, offline."""
+    from torchvision.models import vgg16
+    home = tmp_path_factory.mktemp("torch_home")
+    folder = home / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    with torch.device("meta"):
+        shapes = {k: v.shape for k, v in vgg16().state_dict().items()}
+    state = {k: torch.zeros(1).expand(shape) for k, shape in shapes.items()}  # small on disk
+    r = np.random.default_rng(1234)
+    for name, value in state.items():
+        if name.startswith("features") and name.endswith("weight"):
+            fan_in = np.prod(value.shape[1:])
+            w = r.standard_normal(value.shape) * np.sqrt(2 / fan_in)
+            state[name] = torch.from_numpy(w).float()
+            state[name.replace("weight", "bias")] = torch.from_numpy(
+                0.01 * r.standard_normal(len(w))).float()
+    assert abs(state["features.0.weight"].sum() - 9.726634) < 1e-4
+    torch.save(state, folder / "vgg16-397923af.pth")
+    ones = torch.ones(1, 1475, 1, 1)
+    torch.save(dict(alpha=ones, beta=ones), folder / "dists_alpha_beta.pt")
+    return home
+
+
+@pytest.fixture
+def torch_home(seeded_weights, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(seeded_weights))
+    file = seeded_weights / "hub" / "checkpoints" / "dists_alpha_beta.pt"
+    monkeypatch.setattr(moodcat, "DISTS_SHA256", hashlib.sha256(file.read_bytes()).hexdigest())
+
+
+def test_lpips_check_values(torch_home):
+    x, y = published_pair()
+    metric = LPIPS("vgg")
+    assert torch.allclose(metric(x, y), torch.tensor([0.0175501, 0.0167098]), atol=2e-6)
+    small = images(2, 1, 16)
+    assert metric(small, -small).shape == (2,) and metric(small, small).abs().max() < 1e-6
+
+
+def test_dists_check_values(torch_home):
+    x, y = published_pair()
+    metric = DISTS()
+    assert torch.allclose(metric(x, y), torch.tensor([0.0175726, 0.0155438]), atol=2e-6)
+    small = images(2, 1, 16)
+    assert (metric(small, -small) > 0.01).all() and metric(small, small).abs().max() < 1e-5
+
+
+def test_dists_with_the_published_weights(seeded_weights, monkeypatch, tmp_path):
+    published = Path(torch.hub.get_dir(), "checkpoints", "dists_alpha_beta.pt")
+    if not published.exists():
+        pytest.skip(f"no {published}: evaluate.py --scorers dists downloads it")
+    folder = tmp_path / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    (folder / published.name).symlink_to(published.resolve())
+    vgg = "vgg16-397923af.pth"
+    (folder / vgg).symlink_to(seeded_weights / "hub" / "checkpoints" / vgg)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    assert torch.allclose(DISTS()(*published_pair()), torch.tensor([0.0103576, 0.0086921]), atol=2e-6)
+
+
+def test_lpips_with_a_pretrained_squeezenet():
+    if not Path(torch.hub.get_dir(), "checkpoints", moodcat.WEIGHT_FILES["squeeze"]).exists():
+        pytest.skip("no SqueezeNet weights: evaluate.py --scorers lpips-squeeze downloads them")
+    x, _ = published_pair()
+    metric, blurred = LPIPS("squeeze"), F.avg_pool2d(x, 5, 1, 2)
+    near, far = metric(x, x + 0.02 * (blurred - x)), metric(x, blurred)
+    assert (near < far).all() and metric(x, x).abs().max() < 1e-6
+
+
+def test_missing_or_damaged_weights_end_in_one_line(torch_home, monkeypatch, tmp_path):
+    monkeypatch.setattr(moodcat, "DISTS_SHA256", "0" * 64)
+    with pytest.raises(OSError, match="dists_alpha_beta.pt.*SHA-256.*--scorers cb ssim"):
+        DISTS()
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file",
+                        lambda *a, **k: (_ for _ in ()).throw(OSError("no route to host")))
+    with pytest.raises(OSError, match="vgg16-397923af.pth.*put the file into .*checkpoints"):
+        LPIPS("vgg")
+    with pytest.raises(OSError, match="vgg16-397923af.pth"):
+        DISTS()
+
+
+# --- detector ----------------------------------------------------------------------------------
+
+def test_scores_do_not_depend_on_batch_or_order():
+    detector, x = tiny_detector(), images(70, 1, 16)
+    y = torch.arange(70) % 3
+    detector.calibrate(x, y)
+    whole = detector.score(x, y)
+    assert list(whole) == ["cb", "ssim", "cascade"]
+    order = torch.randperm(70)
+    for name, value in detector.score(x[order], y[order]).items():
+        assert torch.allclose(value, whole[name][order], atol=1e-3 if name == "cascade" else 1e-5)
+    for i in (0, 33, 69):
+        for name, value in detector.score(x[i:i + 1], y[i:i + 1]).items():
+            assert torch.allclose(value, whole[name][i:i + 1], atol=1e-3 if name == "cascade" else 1e-5)
+    other_masks = tiny_detector(seed=1).mask(x)[1] != detector.mask(x)[1]
+    assert other_masks.flatten(1).any(1).float().mean() > 0.9
+
+
+def test_score_signs():
+    detector = tiny_detector({"distance": lambda a, b: (a - b).abs().mean((1, 2, 3)), "ssim": ssim})
+    x, y = images(4, 1, 16), torch.zeros(4, dtype=torch.long)
+    detector.generator.forward = lambda x_m, y: (x, None, None)  # a perfect synthesis
+    scores = detector.score(x, y)
+    assert torch.equal(scores["distance"], torch.zeros(4)) and torch.allclose(scores["ssim"], torch.ones(4))
+    detector.generator.forward = lambda x_m, y: (-x, None, None)
+    scores = detector.score(x, y)
+    assert (scores["distance"] < -0.5).all() and (scores["ssim"] < 0.5).all()
+
+
+def test_cascade_of_one_scorer_orders_as_that_scorer():
+    x, y = images(400, 1, 16), torch.arange(400) % 3
+    x[200:300] /= 9
+    x[300:] = x[300:].sign()  # beyond anything in the calibration
+    detector = tiny_detector({"cb": BinaryScorer(3, ch=2, channels=1)}).calibrate(x[:50], y[:50])
+    scores = detector.score(x, y)
+    distinct = scores["cb"].unique(return_inverse=True)[1]
+    assert torch.equal(distinct, scores["cascade"].unique(return_inverse=True)[1])
+    assert scores["cascade"].min() < 0  # continued beyond the end
+
+
+def test_rank_and_cascade_by_hand():
+    knots = moodcat._knots(torch.tensor([3.0, 1.0, 2.0, 2.0]))
+    assert torch.allclose(knots[1], torch.tensor([0.2, 0.5, 0.8], dtype=torch.double))
+    rank = moodcat._rank(torch.tensor([0.0, 1.0, 1.5, 2.0, 3.0, 4.0]), *knots)
+    assert torch.allclose(rank, torch.tensor([-0.1, 0.2, 0.35, 0.5, 0.8, 1.1], dtype=torch.double))
+    ranks = dict(a=torch.tensor([0.2, 0.6]), b=torch.tensor([0.3, 0.3]), c=torch.tensor([0.0, 0.0]))
+    cascade = moodcat._cascade(ranks, dict(a=0.4, b=0.6, c=0.0))
+    assert torch.allclose(cascade, torch.tensor([0.5, 0.5]))
+    ways = moodcat._all_shares(["a", "b", "c"])
+    assert len(ways) == 66 and all(abs(sum(w.values()) - 1) < 1e-9 for w in ways)
+
+
+@pytest.mark.parametrize("with_wrong", [False, True])
+def test_calibration_keeps_its_promise_on_fresh_images(with_wrong):
+    brightness = {"mean": lambda a, b: a.mean((1, 2, 3)), "top": lambda a, b: a.amax((1, 2, 3))}
+    detector = tiny_detector(brightness)
+    detector.synthesise = lambda x, y: (x, x)  # any scores will do
+    x, y = images(9000, 1, 16), torch.zeros(9000, dtype=torch.long)
+    accepted = []
+    for i in range(0, 6000, 300):
+        detector.calibrate(x[i:i + 300], y[i:i + 300], 0.9, y[i:i + 300] + 1 if with_wrong else None)
+        accepted.append(1 - detector.is_ood(x[6000:], y[6000:]).float().mean())
+    assert abs(np.mean(accepted) - 0.9) < 0.02
+
+
+def test_each_half_of_the_held_out_images_does_its_own_work():
+    x, y = images(120, 1, 16), torch.arange(120) % 3
+    fixed = tiny_detector().calibrate(x, y, y_wrong=(y + 1) % 3).calibration
+    odd, even = x.clone(), x.clone()
+    odd[1::2], even[0::2] = images(60, 1, 16, seed=5), images(60, 1, 16, seed=6) / 8
+    changed = tiny_detector().calibrate(odd, y, y_wrong=(y + 1) % 3).calibration
+    assert changed["shares"] == fixed["shares"]
+    assert not torch.equal(changed["ranks"]["cb"][0], fixed["ranks"]["cb"][0])
+    changed = tiny_detector().calibrate(even, y, y_wrong=(y + 1) % 3).calibration
+    for name in ("cb", "ssim"):
+        assert torch.equal(changed["ranks"][name][0], fixed["ranks"][name][0])
+
+
+def test_shares_go_to_the_scorer_that_tells_right_from_wrong():
+    good = BinaryScorer(2, ch=2, channels=1)
+    good.forward = lambda x, x_fake, y: x.mean((1, 2, 3)) - 0.06 * y  # well, not perfectly
+    detector = tiny_detector({"noise": lambda a, b: a.amax((1, 2, 3)), "good": good}, num_classes=2)
+    x, y = images(200, 1, 16), torch.zeros(200, dtype=torch.long)
+    shares = detector.calibrate(x, y, y_wrong=y + 1).calibration["shares"]
+    assert shares["good"] >= 0.8
+
+
+def test_calibration_errors():
+    detector, x = tiny_detector(), images(10, 1, 16)
+    y = torch.zeros(10, dtype=torch.long)
+    with pytest.raises(ValueError, match="calibrate"):
+        detector.is_ood(x, y)
+    with pytest.raises(ValueError, match="10 images"):
+        detector.calibrate(x, y)
+    with pytest.raises(ValueError, match="y_wrong"):
+        detector.calibrate(x, y, 0.5, y)
+
+
+def test_bad_tensors_are_refused():
+    detector, x, y = tiny_detector(), images(2, 1, 16), torch.tensor([0, 1])
+    nan = x.clone()
+    nan[0, 0, 0, 0] = float("nan")
+    for bad, words in ((x * 127.5 + 127.5, "lie in"), (nan, "finite"), ((x * 100).byte(), "float"),
+                       (x[:, :, :8], "takes"), (x.repeat(1, 3, 1, 1), "takes"), (x[:0], "takes")):
+        with pytest.raises(ValueError, match=words):
+            detector.score(bad, y[:len(bad)])
+    for bad, words in ((torch.tensor([0, 3]), "0 to 2"), (torch.tensor([-1, 0]), "0 to 2"),
+                       (torch.tensor([0.0, 1.0]), "integers"), (torch.tensor([0]), "shape")):
+        with pytest.raises(ValueError, match=words):
+            detector.score(x, bad)
+
+
+def test_save_and_load_give_the_same_scores_bit_for_bit(tmp_path):
+    x, y = images(60, 1, 16), torch.arange(60) % 3
+    detector = tiny_detector(mask_style="patch", mask_ratio=0.3, seed=7).calibrate(x, y)
+    detector.save(tmp_path / "detector.pt")
+    loaded = MoodCat.load(tmp_path / "detector.pt", "cpu")
+    ours, theirs = detector.score(x, y), loaded.score(x, y)
+    assert list(ours) == list(theirs) == ["cb", "ssim", "cascade"]
+    assert all(torch.equal(ours[k], theirs[k]) for k in ours)
+    assert torch.equal(detector.is_ood(x, y), loaded.is_ood(x, y))
+
+
+def test_perceptual_scorers_are_saved_by_name(torch_home, tmp_path):
+    x, y = images(3, 1, 16), torch.tensor([0, 1, 2])
+    detector = tiny_detector({"lpips": LPIPS("vgg"), "dists": DISTS()})
+    detector.save(tmp_path / "detector.pt")
+    assert (tmp_path / "detector.pt").stat().st_size < 2e6  # no VGG inside
+    ours, theirs = detector.score(x, y), MoodCat.load(tmp_path / "detector.pt").score(x, y)
+    assert all(torch.equal(ours[k], theirs[k]) for k in ours) and (ours["lpips"] < 0).all()
+
+
+# --- checkpoints -------------------------------------------------------------------------------
+
+def test_foreign_and_damaged_checkpoints_are_refused(tmp_path):
+    path = tmp_path / "a.pt"
+    with pytest.raises(OSError, match="does not exist"):
+        load_checkpoint(path, "generator")
+    save_checkpoint(path, dict(kind="generator", weights=torch.ones(1000)))
+    whole = path.read_bytes()
+    with pytest.raises(ValueError, match="holds a generator"):
+        load_checkpoint(path, "scorer")
+    for content in (b"", b"not a checkpoint", whole[:len(whole) // 2], b"PK\x03\x04" + b"0" * 99):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="damaged"):
+            load_checkpoint(path, "generator")
+    torch.save([1, 2], path)
+    with pytest.raises(ValueError, match="not a checkpoint of this project"):
+        load_checkpoint(path, "generator")
+
+
+def test_a_full_disk_keeps_the_earlier_checkpoint(tmp_path, monkeypatch):
+    path = tmp_path / "a.pt"
+    save_checkpoint(path, dict(kind="generator", step=1))
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left.*make room"):
+        save_checkpoint(path, dict(kind="generator", step=2))
+    assert load_checkpoint(path, "generator")["step"] == 1 and len(list(tmp_path.iterdir())) == 1
+
+
+# --- metrics -----------------------------------------------------------------------------------
+
+def test_ood_metrics_check_values():
+    r = np.random.default_rng(0)
+    cases = [([.9, .8, .7, .6, .4], [.75, .5, .3, .2, .1], (.2, .84, .834762, .874643)),
+             (r.normal(1, 1, 20).round(2), r.normal(0, 1, 20).round(2),
+              (.7, .758750, .767914, .686554))]
+    for inside, outside, expected in cases:
+        got = ood_metrics(inside, outside)
+        assert list(got) == ["fpr95", "auroc", "aupr_in", "aupr_out"]
+        assert np.allclose(list(got.values()), expected, atol=1e-6)
+
+
+def test_ood_metrics_of_a_constant_a_perfect_and_a_tiny_score():
+    assert ood_metrics([1.0] * 9, [1.0] * 4)["fpr95"] == 1 and ood_metrics([1.0] * 9, [1.0] * 4)["auroc"] == 0.5
+    perfect = ood_metrics(np.arange(10, 20), np.arange(10))
+    assert perfect == pytest.approx(dict(fpr95=0, auroc=1, aupr_in=1, aupr_out=1))
+    assert ood_metrics(np.arange(10, 20) * 1e-30, np.arange(10) * 1e-30) == perfect
+    for bad in (([], [1.0]), ([1.0], []), ([np.nan], [1.0]), ([1.0], [np.inf])):
+        with pytest.raises(ValueError):
+            ood_metrics(*bad)
+
+
+def test_baselines_by_hand():
+    torch.manual_seed(0)
+    linear = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(256, 3))
+    x = images(5, 1, 16)
+    logits = linear(x)
+    got = evaluate.baselines(linear, x, logits.detach())
+    assert torch.allclose(got["MSP"], logits.softmax(1).max(1).values)
+    assert torch.allclose(got["EBO"], logits.exp().sum(1).log(), atol=1e-5)
+    w = linear[1].weight  # d log p_top / dx = (w_top - sum p w) / T, by hand
+    p = (logits / 1000).softmax(1)
+    grad = (w[logits.argmax(1)] - p @ w).view_as(x)
+    moved = linear(x + 0.0028 * grad.sign()) / 1000
+    assert torch.allclose(got["ODIN"], moved.softmax(1).max(1).values, atol=1e-7)
+
+
+# --- data --------------------------------------------------------------------------------------
+
+def digits_settings(**changes):
+    return dict(dict(data="digits", known=None, image_size=16), **changes)
+
+
+def test_splits_are_disjoint_fixed_and_stratified():
+    train, test = (train_gen.Split(digits_settings(), s, "cpu") for s in ("train", "test"))
+    assert train.classes == test.classes == list("012345")
+    assert not set(train.names) & set(test.names)
+    assert torch.bincount(train.y[train.held]).tolist() == [30] * 6
+    fewer = train_gen.Split(digits_settings(known=["3", "4"]), "train", "cpu")
+    at = np.isin(train.names, fewer.names)
+    assert set(fewer.names[fewer.held]) == set(train.names[at & train.held.numpy()])
+    assert fewer.classes == ["3", "4"] and fewer.y.unique().tolist() == [0, 1]
+    assert len(fewer.unknown) + len(fewer.x) == len(train.unknown) + len(train.x)
+    only = train_gen.Split(digits_settings(known=["0", "1"], unknown=["9"]), "test", "cpu")
+    assert 40 < len(only.unknown) < 80
+
+
+def test_wrong_labels_are_never_right_and_equally_likely():
+    torch.manual_seed(0)
+    y = torch.arange(5).repeat(20_000)
+    wrong = train_scorer.wrong_labels(y, 5)
+    counts = torch.zeros(5, 5).index_put_((y, wrong), torch.ones(()), accumulate=True)
+    assert (counts.diagonal() == 0).all()
+    assert ((counts[~torch.eye(5, dtype=torch.bool)] / 5000 - 1).abs() < 0.06).all()
+
+
+def test_augment_shifts_and_mirrors():
+    torch.manual_seed(0)
+    x = images(300, 3, 32)
+    moved, seen = train_scorer.augment(x, mirror=True), set()
+    for image, crop in zip(x, moved):
+        padded = F.pad(image[None], (4,) * 4, mode="reflect")[0]
+        seen |= {(i, j, flip) for i in range(9) for j in range(9) for flip in (0, 1)
+                 if torch.equal((padded.flip(2) if flip else padded)[:, i:i + 32, j:j + 32], crop)}
+    assert len(seen) > 120 and len({s[2] for s in seen}) == 2  # of 162 ways
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two colour classes with images of every mode, and a folder of OOD images."""
+    root, r = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for split, n in (("train", 60), ("test", 12)):
+        for c, name in enumerate(("dark", "light")):
+            (root / split / name).mkdir(parents=True)
+            for i in range(n):
+                a = r.integers(0, 100, (20, 16, 3), dtype=np.uint8) + np.uint8(150 * c)
+                image = Image.fromarray(a)
+                image = [image, image.convert("L"), image.convert("RGBA"), image.convert("P"),
+                         Image.fromarray(a[:, :, 0].astype(np.uint16) * 257)][i % 5]
+                image.save(root / split / name / f"{i:03d}.png")
+    (root / "ood" / "deep").mkdir(parents=True)
+    for i in range(8):
+        Image.fromarray(r.integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(root / "ood/deep" / f"{i}.png")
+    return root
+
+
+def test_images_of_every_mode_come_out_alike(folder):
+    x, y, classes, names = train_gen.read_split(str(folder), "train", 16)
+    assert x.shape == (120, 3, 16, 16) and x.dtype == torch.uint8 and classes == ["dark", "light"]
+    means = x.float().mean((1, 2, 3))
+    assert means[y == 0].min() > 35 and means[y == 0].max() < 65  # 16-bit grey rescaled, too
+    assert means[y == 1].min() > 185 and means[y == 1].max() < 215
+    assert str(names[0]).endswith("000.png")
+
+
+# --- scripts, for real -------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A short real training on the digits: all three scripts."""
+    run = str(tmp_path_factory.mktemp("runs") / "digits")
+    train_gen.main(["--run", run, "--steps", "150", "--device", "cpu"])
+    train_scorer.main(["--run", run, "--steps", "150", "--classifier-steps", "40", "--device", "cpu"])
+    evaluate.main(["--run", run, "--device", "cpu"])
+    return Path(run)
+
+
+def test_the_scorer_learns_right_from_wrong_labels(run):
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    last = [r for r in log if "pair_auroc" in r][-1]
+    assert last["phase"] == "scorer" and last["pair_auroc"] > 0.85 and last["pair_accuracy"] > 0.75
+    first, final = (r["loss_g"] for r in (log[0], [r for r in log if r["phase"] == "generator"][-1]))
+    assert final < 0.8 * first
+    best = load_checkpoint(run / "scorer.pt", "scorer")["best"]
+    assert best["mark"][0] == max(r["pair_accuracy"] for r in log if "pair_accuracy" in r)
+
+
+def test_evaluate_writes_numbers_that_agree(run):
+    results = json.loads((run / "results.json").read_text())
+    with open(run / "scores.csv") as file:
+        rows = list(csv.DictReader(file))
+    column = lambda name, which: [float(r[name]) for r in rows if r["set"] == which]
+    assert results["n"] == {k: len(column("cb", k)) for k in ("in-distribution", "unknown")}
+    assert results["n"]["unknown"] == 238
+    for method in ("MSP", "ODIN", "EBO", "cb", "ssim", "cascade"):
+        again = ood_metrics(column(method, "in-distribution"), column(method, "unknown"))
+        shown = results["predicted_labels"][method]["unknown"]
+        assert all(abs(shown[k] - again[k]) < 1e-9 for k in again), method
+    for name, share in results["flagged"].items():
+        assert np.mean(column("flagged", name)) == pytest.approx(share)
+    assert results["oracle_labels"]["cb"]["unknown"]["auroc"] > results["predicted_labels"]["cb"]["unknown"]["auroc"]
+    for picture in ("panels.png", "histograms.png", "roc.png", "samples_000150.png"):
+        assert (run / picture).stat().st_size > 1000
+
+
+def test_evaluate_judges_own_images(run, folder, capsys):
+    evaluate.main(["--run", str(run), "--images", str(folder / "ood"), "--device", "cpu"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 10 and lines[0].split("\t")[:2] == ["image", "prediction"]
+    assert all(line.split("\t")[-1] in ("OOD", "in-distribution") for line in lines[1:9])
+    assert (run / "images.png").exists()
+
+
+def test_a_folder_of_colour_images_and_an_own_classifier(folder, tmp_path, capsys):
+    run = str(tmp_path / "run")
+    common = ["--run", run, "--device", "cpu"]
+    train_gen.main([*common, "--data", str(folder), "--image-size", "16", "--ch", "2", "--steps", "3"])
+    net = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(3, 2))
+    with torch.no_grad():
+        net[2].weight.copy_(torch.tensor([[-1.0] * 3, [1.0] * 3]))  # dark, light
+        net[2].bias.zero_()
+    torch.jit.script(net).save(str(tmp_path / "script.pt"))
+    torch.export.save(torch.export.export(net.eval(), (torch.zeros(2, 3, 16, 16),),
+                                          dynamic_shapes=({0: torch.export.Dim.AUTO},)), tmp_path / "export.pt2")
+    for file in ("script.pt", "export.pt2"):
+        train_scorer.main([*common, "--classifier", str(tmp_path / file), "--steps", "3", "--resume"])
+        evaluate.main([*common, "--ood", str(folder / "ood"), str(folder / "test"), "--scorers", "cb", "ssim"])
+        results = json.loads(Path(run, "results.json").read_text())
+        assert results["predicted_labels"]["MSP"]["mean"]["accuracy"] == 1.0
+        assert len(results["predicted_labels"]["cb"]) == 4  # two sets, mean, std
+    torch.jit.script(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(768, 3))).save(str(tmp_path / "wrong.pt"))
+    with pytest.raises(ValueError, match="3 outputs, the run 2 classes"):
+        train_scorer.main([*common, "--classifier", str(tmp_path / "wrong.pt"), "--resume"])
+    with pytest.raises(ValueError, match="neither a TorchScript nor"):
+        train_scorer.main([*common, "--classifier", str(folder / "ood/deep/0.png"), "--resume"])
+
+
+def weights_of(run, name):
+    saved = load_checkpoint(Path(run, f"{name}.pt"), name)
+    flat = {}
+
+    def walk(prefix, value):
+        if isinstance(value, dict):
+            for k, v in value.items():
+                walk(f"{prefix}.{k}", v)
+        elif isinstance(value, list):
+            for i, v in enumerate(value):
+                walk(f"{prefix}.{i}", v)
+        else:
+            flat[prefix] = value
+
+    walk("", {k: v for k, v in saved.items() if k != "settings"})
+    return flat
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(
+        torch.equal(v, b[k]) if torch.is_tensor(v) else v == b[k] for k, v in a.items())
+
+
+def test_an_interrupted_training_resumes_bit_for_bit(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train_gen, "LOG_EVERY", 1)
+    small = ["--device", "cpu", "--batch-size", "16"]
+    whole, cut = str(tmp_path / "whole"), str(tmp_path / "cut")
+
+    def interrupted(module, function, argv, at):
+        """argv's script with Ctrl-C at the at-th call of module.function, then resumed."""
+        plain, calls = getattr(module, function), []
+
+        def with_interrupt(*a, **k):
+            calls.append(1)
+            if len(calls) == at:
+                signal.raise_signal(signal.SIGINT)
+            return plain(*a, **k)
+
+        monkeypatch.setattr(module, function, with_interrupt)
+        with pytest.raises(SystemExit) as stop:
+            argv[0](argv[1])
+        assert stop.value.code == 130 and "--resume" in capsys.readouterr().err
+        monkeypatch.setattr(module, function, plain)
+        argv[0]([*argv[1], "--resume"])
+
+    gen = lambda run: (train_gen.main, ["--run", run, "--ch", "2", "--steps", "6", *small])
+    main, argv = gen(whole)
+    main(argv)
+    interrupted(train_gen, "discriminator_loss", gen(cut), 3)
+    assert same(weights_of(whole, "generator"), weights_of(cut, "generator"))
+
+    sco = lambda run: (train_scorer.main, ["--run", run, "--steps", "6", "--classifier-steps", "4", *small])
+    main, argv = sco(whole)
+    main(argv)
+    interrupted(train_scorer, "augment", sco(cut), 2)
+    assert same(weights_of(whole, "classifier"), weights_of(cut, "classifier"))
+    assert same(weights_of(whole, "scorer"), weights_of(cut, "scorer"))
+    Path(cut, "scorer.pt").unlink()
+    argv = sco(cut)
+    interrupted(train_scorer, "wrong_labels", (argv[0], [*argv[1], "--resume"]), 3)
+    assert same(weights_of(whole, "scorer"), weights_of(cut, "scorer"))
+    log = lambda run: Path(run, "log.jsonl").read_text()
+    assert log(whole) == log(cut) and len(log(whole).splitlines()) == 16
+
+
+def test_a_diverging_training_stops_and_keeps_the_good_checkpoint(tmp_path, monkeypatch):
+    argv = ["--run", str(tmp_path), "--ch", "2", "--device", "cpu", "--batch-size", "16", "--steps"]
+    train_gen.main([*argv, "2"])
+    before = (tmp_path / "generator.pt").read_bytes()
+    monkeypatch.setattr(train_gen, "kl_divergence", lambda mu, logvar: mu.sum(1) * float("nan"))
+    with pytest.raises(ValueError, match="not finite"):
+        train_gen.main([*argv, "40", "--resume"])
+    assert (tmp_path / "generator.pt").read_bytes() == before
+
+
+# --- what a user can get wrong -----------------------------------------------------------------
+
+def complaint(main, argv, capsys):
+    """The one line that main(argv) ends in."""
+    with pytest.raises(SystemExit) as stop:
+        train_gen.run_script(lambda: main(argv))
+    assert stop.value.code.startswith("error: ") and "\n" not in stop.value.code
+    return stop.value.code
+
+
+def test_mistakes_end_in_one_line(run, folder, tmp_path, capsys):
+    gen, sco, eva = train_gen.main, train_scorer.main, evaluate.main
+    new, old = ["--run", str(tmp_path / "new")], ["--run", str(run)]
+    one = tmp_path / "one"
+    (one / "train" / "only").mkdir(parents=True)
+    broken = tmp_path / "broken"
+    for name in ("a", "b"):
+        (broken / "train" / name).mkdir(parents=True)
+        Image.new("RGB", (16, 16)).save(broken / "train" / name / "fine.png")
+    few = str(broken)
+    assert "40 are the least" in complaint(gen, [*new, "--data", few], capsys)
+    (broken / "train" / "b" / "zero.png").touch()
+    for words, main, argv in (
+            ("nowhere/train does not exist", gen, [*new, "--data", "nowhere"]),
+            ("1 class folder", gen, [*new, "--data", str(one)]),
+            ("1 of 3 images cannot be read, the first is", gen, [*new, "--data", few]),
+            ("multiple of 8", gen, [*new, "--image-size", "30"]),
+            ("no class 'zebra'", gen, [*new, "--known-classes", "0", "zebra"]),
+            ("two are the least", gen, [*new, "--known-classes", "3"]),
+            ("unrecognized arguments: --rum", gen, ["--rum", "x"]),
+            ("--steps must be positive", gen, [*new, "--steps", "0"]),
+            ("no device 'abacus'", gen, [*new, "--device", "abacus"]),
+            ("exists: go on with --resume", gen, old),
+            ("another ch", gen, [*old, "--ch", "4", "--resume"]),
+            ("run train_gen.py", sco, new),
+            ("exists: go on with --resume", sco, old),
+            ("was trained on the classes 0, 1", sco, [*old, "--known-classes", "0", "7"]),
+            ("dark", sco, [*old, "--data", str(folder)]),
+            ("--image-size 16", eva, [*old, "--image-size", "32"]),
+            ("no scorer 'psnr'", eva, [*old, "--scorers", "psnr"]),
+            ("holds no images", eva, [*old, "--images", str(one)]),
+            ("no_such.png does not exist", eva, [*old, "--images", "no_such.png"]),
+            ("run evaluate.py", eva, [*new, "--images", str(folder)])):
+        assert words in complaint(main, argv, capsys), argv
+
+
+def test_checkpoints_of_another_run_are_refused(run, tmp_path, capsys):
+    other = tmp_path / "other"
+    argv = ["--run", str(other), "--device", "cpu"]
+    train_gen.main([*argv, "--known-classes", "7", "8", "9", "--steps", "2"])
+    copy = lambda name: (other / f"{name}.pt").write_bytes((run / f"{name}.pt").read_bytes())
+    copy("classifier")
+    assert "was trained on the classes 0, 1" in complaint(evaluate.main, argv, capsys)
+    (other / "classifier.pt").unlink()
+    train_scorer.main([*argv, "--classifier-steps", "2", "--steps", "2"])
+    copy("scorer")
+    assert "another classes and generator_step" in complaint(evaluate.main, argv, capsys)
+    copy("generator")  # ... of six classes, with this run's classifier of three
+    assert "not 0, 1, 2, 3, 4, 5" in complaint(evaluate.main, argv, capsys)
+    (other / "generator.pt").write_bytes((run / "scorer.pt").read_bytes())
+    assert "holds a scorer, not a generator" in complaint(evaluate.main, argv, capsys)
+    (other / "generator.pt").write_bytes((run / "generator.pt").read_bytes()[:5000])
+    assert "damaged" in complaint(evaluate.main, argv, capsys)
+    wide = Generator(6, ch=4, image_size=16, channels=1)
+    with pytest.raises(ValueError, match="x.pt holds a Generator of another width"):
+        moodcat.load_weights(wide, Generator(6, ch=2, image_size=16, channels=1).state_dict(), "x.pt")
