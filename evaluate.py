@@ -13,6 +13,7 @@ Writes into RUN: detector.pt, results.json, scores.csv, panels.png, histograms.p
 """
 
 import csv
+import io
 import json
 import math
 import platform
@@ -30,7 +31,7 @@ from sklearn.metrics import auc, precision_recall_curve, roc_auc_score, roc_curv
 
 from moodcat import DISTS, LPIPS, BinaryScorer, MoodCat, load_checkpoint, load_weights, ssim
 from train_gen import (Parser, Split, download, fit_image, image_files, kind_of, read_files,
-                       run_script, to_float)
+                       run_script, to_float, write_text)
 from train_scorer import load_classifier, load_run, predict
 
 # ---------------------------------------------------------------------------------------------
@@ -72,13 +73,15 @@ def ood_metrics(id_scores, ood_scores):
 def baselines(classifier, x, logits):
     """MSP, ODIN and energy (EBO) of float images x (B, C, S, S) with logits (B, K), higher =
     in-distribution: {name: (B,)}."""
+    scores = {"MSP": logits.softmax(1).max(1).values, "EBO": logits.logsumexp(1)}
     with torch.enable_grad():  # ODIN steps towards a higher softmax, then looks at it
         x = x.clone().requires_grad_(True)
         top = (classifier(x) / ODIN_TEMPERATURE).log_softmax(1).max(1).values.sum()
+    if top.requires_grad:  # a program without gradients has no ODIN
         step = torch.autograd.grad(top, x)[0].sign()
-    moved = classifier(x.detach() + ODIN_STEP * step) / ODIN_TEMPERATURE
-    return {"MSP": logits.softmax(1).max(1).values, "ODIN": moved.softmax(1).max(1).values,
-            "EBO": logits.logsumexp(1)}
+        moved = classifier(x.detach() + ODIN_STEP * step) / ODIN_TEMPERATURE
+        scores["ODIN"] = moved.softmax(1).max(1).values
+    return scores
 
 
 # ---------------------------------------------------------------------------------------------
@@ -92,11 +95,16 @@ def make_scorers(names, run, settings, device):
     for name in names:
         if name == "cb":
             path = Path(run, "scorer.pt")
+            if not path.exists():
+                raise OSError(f"{path} does not exist: run train_scorer.py --run {run} first")
             saved = load_checkpoint(path, "scorer", device)
-            differ = [k for k in ("classes", "generator_step") if saved["settings"][k] != settings[k]]
+            differ = [k for k in ("classes", "generator_id") if saved["settings"][k] != settings[k]]
             if differ:
-                raise ValueError(f"{path} was trained with another {' and '.join(differ)} than "
+                raise ValueError(f"{path} was trained with other {' and '.join(differ)} than "
                                  "generator.pt: delete it and run train_scorer.py again")
+            if saved["best"]["weights"] is None:
+                raise ValueError(f"{path} stopped before its first look at held-out pairs: go on with "
+                                 "train_scorer.py --resume")
             scorers[name] = load_weights(
                 BinaryScorer(len(settings["classes"]), settings["ch"], settings["channels"]),
                 saved["best"]["weights"], path)
@@ -200,14 +208,15 @@ def source_revision():
 
 def write_csv(path, sets, names, classes, methods, threshold):
     """One line an image: set, image, prediction, every score under y = C(x), flagged."""
-    with open(path, "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["set", "image", "prediction", *methods, "flagged"])
-        for key, scores in sets.items():
-            flagged = (scores["cascade"] < threshold).astype(int)
-            for i, name in enumerate(names[key]):
-                writer.writerow([key, name, classes[scores["prediction"][i]],
-                                 *(repr(float(scores[m][i])) for m in methods), flagged[i]])
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["set", "image", "prediction", *methods, "flagged"])
+    for key, scores in sets.items():
+        flagged = (scores["cascade"] < threshold).astype(int)
+        for i, name in enumerate(names[key]):
+            writer.writerow([key, name, classes[scores["prediction"][i]],
+                             *(repr(float(scores[m][i])) for m in methods), flagged[i]])
+    write_text(path, text.getvalue())
 
 
 def draw_panel(path, blocks, detector, classes):
@@ -280,6 +289,8 @@ def judge_images(args):
     x = read_files(files, want["channels"], want["image_size"]).to(args.device)
     y = predict(classifier, x, want["num_classes"]).argmax(1)
     scores = detector.score(to_float(x), y)
+    if "cascade" not in scores:
+        raise ValueError(f"{args.run}/detector.pt is not calibrated: run evaluate.py --run {args.run}")
     ood = (scores["cascade"] < detector.calibration["threshold"]).tolist()
     print("\t".join(["image", "prediction", *scores, "verdict"]))
     for i, file in enumerate(files):
@@ -312,6 +323,8 @@ def main(argv=None):
     detector = calibrated_detector(args, G, classifier, settings, train)
     detector.save(Path(args.run, "detector.pt"))
     classes, threshold = settings["classes"], detector.calibration["threshold"]
+    trained = ["generator", "classifier"] + ["scorer"] * ("cb" in detector.scorers)
+    steps = {k: load_checkpoint(Path(args.run, f"{k}.pt"), k).get("step") for k in trained}
 
     # the sets: uint8 images, the names of the images; in-distribution first
     if args.dev:
@@ -325,10 +338,13 @@ def main(argv=None):
     if len(unknown[0]):
         sets["unknown"] = unknown
     for name in args.ood:
-        sets["/".join(Path(name).parts[-2:])] = load_ood(name, settings["image_size"],
-                                                         settings["channels"])
+        key = "/".join(Path(name).parts[-2:])
+        if key in sets or key in ("mean", "std"):
+            raise ValueError(f"there is a set {key!r} already: rename a folder")
+        sets[key] = load_ood(name, settings["image_size"], settings["channels"])
     if len(sets) == 1:
-        raise ValueError("no OOD set: name some after --ood")
+        print(f"{args.run}/detector.pt is calibrated; for numbers, name OOD sets after --ood")
+        return
 
     random_labels = torch.Generator().manual_seed(0)
     scored = {}
@@ -340,13 +356,14 @@ def main(argv=None):
     accuracy = float((inside["prediction"] == labels.cpu().numpy()).mean())
 
     own = [*detector.scorers, "cascade"]
-    methods = ["MSP", "ODIN", "EBO", *own]
+    methods = [m for m in ("MSP", "ODIN", "EBO", *own) if m in inside]
     predicted = tabulate(scored, {m: m for m in methods}, accuracy)
     oracle = tabulate(scored, {m: f"oracle {m}" for m in own}, accuracy)
     flagged = {name: float((s["cascade"] < threshold).mean()) for name, s in scored.items()}
     results = dict(
         command=" ".join(["python evaluate.py", *(sys.argv[1:] if argv is None else argv)]),
-        split="dev" if args.dev else "test", settings=settings, seed=args.seed or 0,
+        split="dev" if args.dev else "test", settings=settings, mask_seed=args.seed or 0,
+        steps=steps,
         scorers=list(detector.scorers), shares=detector.calibration["shares"], tpr=TPR,
         n={name: len(s["prediction"]) for name, s in scored.items()}, n_held_out=int(train.held.sum()),
         odin=dict(temperature=ODIN_TEMPERATURE, step=ODIN_STEP), predicted_labels=predicted,
@@ -355,7 +372,7 @@ def main(argv=None):
                       torchvision=str(torchvision.__version__), sklearn=sklearn.__version__,
                       numpy=np.__version__), device=str(args.device))
     run = Path(args.run)
-    (run / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    write_text(run / "results.json", json.dumps(results, indent=1) + "\n")
     write_csv(run / "scores.csv", scored, {k: v[1] for k, v in sets.items()}, classes, methods,
               threshold)
 

@@ -500,6 +500,9 @@ class MoodCat:
         for net in (generator, *self.scorers.values()):
             if isinstance(net, nn.Module):
                 net.to(self.device).eval()
+            if isinstance(net, BinaryScorer) and any(
+                    net.settings[k] != generator.settings[k] for k in ("num_classes", "channels")):
+                raise ValueError(f"C_b is for {net.settings}, the generator for {generator.settings}")
         self.calibration = None  # what calibrate() fixes
 
     def mask(self, x):
@@ -549,12 +552,12 @@ class MoodCat:
         even images choose the scorers' shares of the rejection budget, right label against wrong,
         and the odd ones fix ranks and threshold; without, the shares are equal and all images do.
         """
-        self.calibration = None
-        scores = {name: s.double().cpu() for name, s in self.score(x, y).items()}
+        scores = {n: s.cpu().double() for n, s in self.score(x, y).items() if n != "cascade"}
         shares = {name: 1 / len(scores) for name in scores}
         if y_wrong is not None:
-            if bool((torch.as_tensor(y_wrong).cpu() == torch.as_tensor(y).cpu()).any()):
-                raise ValueError("y_wrong must differ from y for every image")
+            y_wrong = torch.as_tensor(y_wrong).cpu()
+            if y_wrong.shape != (len(x),) or bool((y_wrong == torch.as_tensor(y).cpu()).any()):
+                raise ValueError("y_wrong must hold one label an image, another than y")
             right = {name: s[0::2] for name, s in scores.items()}
             wrong = self.score(x[0::2], y_wrong[0::2])
             knots = {name: _knots(s) for name, s in right.items()}
@@ -638,7 +641,7 @@ class MoodCat:
 
 def _knots(scores):
     """Held-out scores (N,) -> distinct scores, ascending, and their ranks in (0, 1), float64."""
-    values, counts = scores.double().cpu().unique(return_counts=True)
+    values, counts = scores.cpu().double().unique(return_counts=True)
     ranks = (counts.cumsum(0) - counts + (counts.double() + 1) / 2) / (len(scores) + 1)
     if len(values) == 1:  # a constant score still needs a slope
         values, ranks = torch.cat([values, values + 1]), torch.cat([ranks, ranks + 1])
@@ -648,7 +651,7 @@ def _knots(scores):
 def _rank(scores, values, ranks):
     """Scores (B,) -> ranks among the held-out scores, float64: linear between them, continued
     beyond both ends with the mean slope, so that distinct scores never tie."""
-    s = scores.double().cpu().contiguous()
+    s = scores.cpu().double().contiguous()
     values, ranks = values.cpu(), ranks.cpu()
     i = torch.searchsorted(values, s).clamp(1, len(values) - 1)
     inside = ranks[i - 1] + (s - values[i - 1]) * ((ranks[i] - ranks[i - 1])
@@ -713,7 +716,7 @@ def load_checkpoint(path, kind, device="cpu"):
     content = io.BytesIO(Path(path).read_bytes())
     try:
         saved = torch.load(content, map_location=device, weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError, OSError) as error:
+    except Exception as error:  # damaged bytes can fail anywhere in the unpickler
         raise ValueError(f"{path} is damaged or no checkpoint; delete it and train again") from error
     if not isinstance(saved, dict) or saved.get("format") != "moodcat 1":
         raise ValueError(f"{path} is not a checkpoint of this project")

@@ -9,6 +9,8 @@ import errno
 import hashlib
 import json
 import os
+import re
+import shutil
 import signal
 from pathlib import Path
 
@@ -23,8 +25,8 @@ import moodcat
 import train_gen
 import train_scorer
 from evaluate import ood_metrics
-from moodcat import (DISTS, LPIPS, MASK_STYLES, BinaryScorer, ConditionalBatchNorm, Decoder, Encoder,
-                     Generator, MoodCat, UNetDiscriminator, discriminator_loss, generator_loss,
+from moodcat import (DISTS, LPIPS, MASK_STYLES, BinaryScorer, ConditionalBatchNorm, Decoder, DownBlock,
+                     Encoder, Generator, MoodCat, UNetDiscriminator, UpBlock, discriminator_loss, generator_loss,
                      hinge_loss, kl_divergence, load_checkpoint, random_mask, save_checkpoint, ssim)
 
 
@@ -121,17 +123,29 @@ def test_shapes_and_ranges(size, channels):
             Generator(5, image_size=bad)
 
 
-def test_conditional_batch_norm_is_batch_norm_with_the_class_affine():
-    x, e = torch.randn(6, 5, 4, 4), torch.randn(1, 8).expand(6, 8)
-    ours, theirs = ConditionalBatchNorm(5, 8), torch.nn.BatchNorm2d(5)
+def test_conditional_batch_norm_is_batch_norm_with_each_class_affine():
+    x, e = torch.randn(6, 5, 4, 4), torch.randn(6, 8)
+    ours = ConditionalBatchNorm(5, 8).eval()
     with torch.no_grad():
-        ours.eval()
-        theirs.weight.copy_(1 + e[0] @ ours.gain.weight.T)
-        theirs.bias.copy_(e[0] @ ours.bias.weight.T)
-        ours.train()
-        for _ in range(2):  # running statistics, too
-            assert torch.allclose(ours(x, e), theirs(x), atol=2e-3)
-        assert torch.allclose(ours.eval()(x, e), theirs.eval()(x), atol=2e-3)
+        gain, bias = 1 + e @ ours.gain.weight.T, e @ ours.bias.weight.T
+        for training in (True, False):
+            ours.norm.train(training)
+            theirs = torch.stack([F.batch_norm(
+                x, ours.norm.running_mean.clone(), ours.norm.running_var.clone(), gain[i], bias[i],
+                training)[i] for i in range(6)])
+            assert torch.allclose(ours(x, e), theirs, atol=1e-5)
+        assert ours.norm.running_mean.abs().sum() > 0
+
+
+def test_residual_blocks_add_their_skip():
+    x = images(2, 4, 8)
+    up, down, flat = UpBlock(4, 6), DownBlock(4, 6), DownBlock(4, 4, down=False)
+    for block in (up, down, flat):
+        block.eval()
+        block.conv2.forward = torch.zeros_like  # silence the other branch
+    assert torch.allclose(up(x), up.skip(F.interpolate(x, scale_factor=2)), atol=1e-6)
+    assert torch.allclose(down(x), F.avg_pool2d(down.skip(x), 2), atol=1e-6)
+    assert torch.equal(flat(x), x)
 
 
 def test_spectral_norm_holds_in_every_conditional_net():
@@ -158,12 +172,13 @@ def test_generator_samples_in_train_and_takes_the_mean_in_eval():
     assert abs(torch.cat([G.train()(x, y)[0] for _ in range(20)]).std() - 2) < 0.1
 
 
-def test_the_label_decides_in_every_conditional_net():
+def test_each_image_follows_its_own_label():
     x, y = images(2), torch.tensor([0, 1])
     G, D, C_b = Generator(3, ch=4).eval(), UNetDiscriminator(3, ch=4).eval(), BinaryScorer(3, ch=4).eval()
-    for net, i in ((lambda y: G(x, y), 0), (lambda y: D(x, y), 0), (lambda y: D(x, y), 1),
-                   (lambda y: (C_b(x, x, y),), 0)):
-        assert ((net(y)[i] - net((y + 1) % 3)[i]).abs().reshape(2, -1).amax(1) > 1e-4).all()
+    for net in (lambda y: G(x, y)[0], lambda y: D(x, y)[0], lambda y: D(x, y)[1],
+                lambda y: C_b(x, x, y)):
+        change = (net(y) - net(torch.tensor([0, 2]))).abs().reshape(2, -1).amax(1)
+        assert change[0] < 1e-6 and change[1] > 1e-4  # only the second label changed
 
 
 def test_both_encoder_heads_get_a_gradient():
@@ -396,6 +411,14 @@ def test_calibration_errors():
         detector.calibrate(x, y)
     with pytest.raises(ValueError, match="y_wrong"):
         detector.calibrate(x, y, 0.5, y)
+    with pytest.raises(ValueError, match="y_wrong"):
+        detector.calibrate(x, y, 0.5, y[:5] + 1)
+    before = detector.calibrate(x, y, 0.5).calibration
+    with pytest.raises(ValueError):
+        detector.calibrate(x, y, 0.95)
+    assert detector.calibration is before  # a failed call loses nothing
+    with pytest.raises(ValueError, match="C_b is for"):
+        tiny_detector({"cb": BinaryScorer(4, ch=2, channels=1)})
 
 
 def test_bad_tensors_are_refused():
@@ -442,7 +465,8 @@ def test_foreign_and_damaged_checkpoints_are_refused(tmp_path):
     whole = path.read_bytes()
     with pytest.raises(ValueError, match="holds a generator"):
         load_checkpoint(path, "scorer")
-    for content in (b"", b"not a checkpoint", whole[:len(whole) // 2], b"PK\x03\x04" + b"0" * 99):
+    for content in (b"", b"not a checkpoint", whole[:len(whole) // 2], b"PK\x03\x04" + b"0" * 99,
+                    b"\x80\x02a.", b"a"):
         path.write_bytes(content)
         with pytest.raises(ValueError, match="damaged"):
             load_checkpoint(path, "generator")
@@ -618,6 +642,21 @@ def test_evaluate_judges_own_images(run, folder, capsys):
     assert (run / "images.png").exists()
 
 
+def test_one_image_a_dev_split_and_no_ood_set(run, folder, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    argv = ["--run", str(copy), "--device", "cpu"]
+    evaluate.main([*argv, "--images", str(folder / "ood" / "deep" / "3.png")])
+    assert "of 1 rejected" in capsys.readouterr().out
+    evaluate.main([*argv, "--dev", "--unknown-classes", "6", "8"])
+    results = json.loads((copy / "results.json").read_text())
+    digits = train_gen.Split(digits_settings(unknown=["6", "8"]), "train", "cpu")
+    assert results["split"] == "dev"
+    assert results["n"] == {"in-distribution": 90, "unknown": len(digits.unknown)}
+    with pytest.raises(ValueError, match="there is a set 'ood/deep' already"):
+        evaluate.main([*argv, "--ood", str(folder / "ood/deep"), str(folder / "ood/deep")])
+
+
 def test_a_folder_of_colour_images_and_an_own_classifier(folder, tmp_path, capsys):
     run = str(tmp_path / "run")
     common = ["--run", run, "--device", "cpu"]
@@ -626,20 +665,27 @@ def test_a_folder_of_colour_images_and_an_own_classifier(folder, tmp_path, capsy
     with torch.no_grad():
         net[2].weight.copy_(torch.tensor([[-1.0] * 3, [1.0] * 3]))  # dark, light
         net[2].bias.zero_()
+    evaluated = lambda: json.loads(Path(run, "results.json").read_text())
     torch.jit.script(net).save(str(tmp_path / "script.pt"))
+    torch.export.save(torch.export.export(net.eval(), (torch.zeros(2, 3, 16, 16),)), tmp_path / "static.pt2")
     torch.export.save(torch.export.export(net.eval(), (torch.zeros(2, 3, 16, 16),),
                                           dynamic_shapes=({0: torch.export.Dim.AUTO},)), tmp_path / "export.pt2")
     for file in ("script.pt", "export.pt2"):
-        train_scorer.main([*common, "--classifier", str(tmp_path / file), "--steps", "3", "--resume"])
+        for old in ("classifier.pt", "scorer.pt"):
+            Path(run, old).unlink(missing_ok=True)
+        train_scorer.main([*common, "--classifier", str(tmp_path / file), "--steps", "3"])
         evaluate.main([*common, "--ood", str(folder / "ood"), str(folder / "test"), "--scorers", "cb", "ssim"])
-        results = json.loads(Path(run, "results.json").read_text())
-        assert results["predicted_labels"]["MSP"]["mean"]["accuracy"] == 1.0
-        assert len(results["predicted_labels"]["cb"]) == 4  # two sets, mean, std
+        assert evaluated()["predicted_labels"]["MSP"]["mean"]["accuracy"] == 1.0
+        assert len(evaluated()["predicted_labels"]["cb"]) == 4  # two sets, mean, std
+    evaluate.main([*common, "--scorers", "cb", "ssim"])  # no OOD set: calibrated, no numbers
+    assert "name OOD sets" in capsys.readouterr().out
     torch.jit.script(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(768, 3))).save(str(tmp_path / "wrong.pt"))
-    with pytest.raises(ValueError, match="3 outputs, the run 2 classes"):
-        train_scorer.main([*common, "--classifier", str(tmp_path / "wrong.pt"), "--resume"])
-    with pytest.raises(ValueError, match="neither a TorchScript nor"):
-        train_scorer.main([*common, "--classifier", str(folder / "ood/deep/0.png"), "--resume"])
+    for words, file in (("3 outputs, the run 2 classes", tmp_path / "wrong.pt"),
+                        ("must take any batch size", tmp_path / "static.pt2"),
+                        ("neither a TorchScript nor", folder / "ood/deep/0.png"),
+                        ("holds another classifier", tmp_path / "script.pt")):
+        with pytest.raises(ValueError, match=words):
+            train_scorer.main([*common, "--classifier", str(file), "--resume"])
 
 
 def weights_of(run, name):
@@ -665,46 +711,123 @@ def same(a, b):
         torch.equal(v, b[k]) if torch.is_tensor(v) else v == b[k] for k, v in a.items())
 
 
-def test_an_interrupted_training_resumes_bit_for_bit(tmp_path, monkeypatch, capsys):
+SMALL = ["--device", "cpu", "--batch-size", "16"]
+
+
+def generator_argv(run, *more):
+    return ["--run", str(run), "--ch", "2", "--steps", "6", *SMALL, *more]
+
+
+def scorer_argv(run, *more):
+    return ["--run", str(run), "--steps", "6", "--classifier-steps", "4", *SMALL, *more]
+
+
+@pytest.fixture
+def every_step(monkeypatch):
+    """Log lines and looks at the held-out pairs after every step."""
     monkeypatch.setattr(train_gen, "LOG_EVERY", 1)
-    small = ["--device", "cpu", "--batch-size", "16"]
-    whole, cut = str(tmp_path / "whole"), str(tmp_path / "cut")
+    monkeypatch.setattr(train_scorer, "LOG_EVERY", 1)
 
-    def interrupted(module, function, argv, at):
-        """argv's script with Ctrl-C at the at-th call of module.function, then resumed."""
-        plain, calls = getattr(module, function), []
 
-        def with_interrupt(*a, **k):
-            calls.append(1)
-            if len(calls) == at:
-                signal.raise_signal(signal.SIGINT)
-            return plain(*a, **k)
+@pytest.fixture
+def whole(tmp_path, every_step):
+    """A run that nothing interrupted."""
+    train_gen.main(generator_argv(tmp_path / "whole"))
+    train_scorer.main(scorer_argv(tmp_path / "whole"))
+    return tmp_path / "whole"
 
-        monkeypatch.setattr(module, function, with_interrupt)
-        with pytest.raises(SystemExit) as stop:
-            argv[0](argv[1])
-        assert stop.value.code == 130 and "--resume" in capsys.readouterr().err
-        monkeypatch.setattr(module, function, plain)
-        argv[0]([*argv[1], "--resume"])
 
-    gen = lambda run: (train_gen.main, ["--run", run, "--ch", "2", "--steps", "6", *small])
-    main, argv = gen(whole)
-    main(argv)
-    interrupted(train_gen, "discriminator_loss", gen(cut), 3)
-    assert same(weights_of(whole, "generator"), weights_of(cut, "generator"))
+def broken_off(monkeypatch, main, argv, module, function, at, how):
+    """Run main(argv) until the at-th call of module.function, where how() ends it."""
+    plain, calls = getattr(module, function), []
 
-    sco = lambda run: (train_scorer.main, ["--run", run, "--steps", "6", "--classifier-steps", "4", *small])
-    main, argv = sco(whole)
-    main(argv)
-    interrupted(train_scorer, "augment", sco(cut), 2)
-    assert same(weights_of(whole, "classifier"), weights_of(cut, "classifier"))
-    assert same(weights_of(whole, "scorer"), weights_of(cut, "scorer"))
-    Path(cut, "scorer.pt").unlink()
-    argv = sco(cut)
-    interrupted(train_scorer, "wrong_labels", (argv[0], [*argv[1], "--resume"]), 3)
-    assert same(weights_of(whole, "scorer"), weights_of(cut, "scorer"))
-    log = lambda run: Path(run, "log.jsonl").read_text()
-    assert log(whole) == log(cut) and len(log(whole).splitlines()) == 16
+    def ending(*a, **k):
+        calls.append(1)
+        if len(calls) == at:
+            how()
+        return plain(*a, **k)
+
+    monkeypatch.setattr(module, function, ending)
+    with pytest.raises((SystemExit, MemoryError)) as stop:
+        main(argv)
+    monkeypatch.setattr(module, function, plain)
+    return stop.value
+
+
+def test_ctrl_c_keeps_a_checkpoint_and_resumes_bit_for_bit(whole, tmp_path, monkeypatch, capsys):
+    cut, ctrl_c = tmp_path / "cut", lambda: signal.raise_signal(signal.SIGINT)
+    for main, argv, module, function, at in (
+            (train_gen.main, generator_argv(cut), train_gen, "discriminator_loss", 3),
+            (train_scorer.main, scorer_argv(cut), train_scorer, "augment", 2),
+            (train_scorer.main, scorer_argv(cut, "--resume"), train_scorer, "wrong_labels", 4)):
+        stop = broken_off(monkeypatch, main, argv, module, function, at, ctrl_c)
+        assert stop.code == 130 and "and --resume" in capsys.readouterr().err
+        if main is train_gen.main:  # unset flags come from the checkpoint
+            main(["--run", str(cut), "--steps", "6", "--device", "cpu", "--resume"])
+    train_scorer.main(["--run", str(cut), "--steps", "6", "--device", "cpu", "--resume"])
+    for name in ("generator", "classifier", "scorer"):
+        assert same(weights_of(whole, name), weights_of(cut, name)), name
+    assert (whole / "log.jsonl").read_text() == (cut / "log.jsonl").read_text()
+    assert len((cut / "log.jsonl").read_text().splitlines()) == 6 + 4 + 6
+
+
+def test_a_killed_training_resumes_from_its_last_checkpoint(whole, tmp_path, monkeypatch):
+    cut = tmp_path / "cut"
+
+    def die():
+        raise MemoryError  # nothing after this runs, as with kill -9
+
+    for main, argv, module, function in (
+            (train_gen.main, generator_argv(cut), train_gen, "discriminator_loss"),
+            (train_scorer.main, scorer_argv(cut), train_scorer, "augment"),
+            (train_scorer.main, scorer_argv(cut, "--resume"), train_scorer, "wrong_labels")):
+        save = train_gen.Loop.save
+        monkeypatch.setattr(train_gen, "SAVE_SECONDS", -1)  # a checkpoint after every step ...
+        monkeypatch.setattr(train_gen.Loop, "save", lambda self: save(self) if self.step < 3 else None)
+        broken_off(monkeypatch, main, argv, module, function, 4, die)  # ... up to the second
+        monkeypatch.setattr(train_gen.Loop, "save", save)
+        monkeypatch.setattr(train_gen, "SAVE_SECONDS", 60)
+        if main is train_gen.main:
+            assert load_checkpoint(cut / "generator.pt", "generator")["step"] == 2
+            main([*argv, "--resume"])
+    train_scorer.main(scorer_argv(cut, "--resume"))
+    for name in ("generator", "classifier", "scorer"):
+        assert same(weights_of(whole, name), weights_of(cut, name)), name
+    lines = lambda run: sorted((run / "log.jsonl").read_text().splitlines())
+    assert lines(whole) == lines(cut)  # no gap, no doubles
+
+
+def test_held_out_images_train_nothing(whole, tmp_path, monkeypatch):
+    class Blacked(train_gen.Split):
+        def __init__(self, *a):
+            super().__init__(*a)
+            self.x[self.held] = 0
+
+    monkeypatch.setattr(train_gen, "Split", Blacked)
+    monkeypatch.setattr(train_scorer, "Split", Blacked)
+    train_gen.main(generator_argv(tmp_path / "black"))
+    train_scorer.main(scorer_argv(tmp_path / "black"))
+    for name, parts in (("generator", ["generator", "discriminator"]), ("classifier", ["classifier"]),
+                        ("scorer", ["scorer"])):
+        ours, theirs = (load_checkpoint(run / f"{name}.pt", name) for run in (whole, tmp_path / "black"))
+        assert all(same(ours[part], theirs[part]) for part in parts), name
+
+
+def test_the_kl_weight_and_bf16_reach_the_training(tmp_path):
+    kl = {}
+    for weight, more in (("0", []), ("3", []), ("3", ["--bf16"])):
+        run = tmp_path / f"kl{weight}{len(more)}"
+        train_gen.main(["--run", str(run), "--ch", "2", "--steps", "40", "--kl-weight", weight, *SMALL, *more])
+        kl[weight, len(more)] = json.loads((run / "log.jsonl").read_text().splitlines()[-1])["kl"]
+    assert kl["3", 0] < 0.5 * kl["0", 0]
+    assert kl["3", 1] != kl["3", 0] and abs(kl["3", 1] / kl["3", 0] - 1) < 0.5
+
+
+def test_minutes_end_a_training_with_everything_in_place(tmp_path):
+    train_gen.main(["--run", str(tmp_path), "--ch", "2", "--minutes", "0.01", *SMALL])
+    assert load_checkpoint(tmp_path / "generator.pt", "generator")["step"] >= 1
+    train_scorer.main(["--run", str(tmp_path), "--minutes", "0.01", "--classifier-steps", "2", *SMALL])
+    assert load_checkpoint(tmp_path / "scorer.pt", "scorer")["best"]["mark"][0] > 0
 
 
 def test_a_diverging_training_stops_and_keeps_the_good_checkpoint(tmp_path, monkeypatch):
@@ -729,6 +852,9 @@ def complaint(main, argv, capsys):
 
 def test_mistakes_end_in_one_line(run, folder, tmp_path, capsys):
     gen, sco, eva = train_gen.main, train_scorer.main, evaluate.main
+    (tmp_path / "gen_only").mkdir()
+    shutil.copy(run / "generator.pt", tmp_path / "gen_only")
+    gen_only = ["--run", str(tmp_path / "gen_only")]
     new, old = ["--run", str(tmp_path / "new")], ["--run", str(run)]
     one = tmp_path / "one"
     (one / "train" / "only").mkdir(parents=True)
@@ -753,6 +879,7 @@ def test_mistakes_end_in_one_line(run, folder, tmp_path, capsys):
             ("another ch", gen, [*old, "--ch", "4", "--resume"]),
             ("run train_gen.py", sco, new),
             ("exists: go on with --resume", sco, old),
+            ("run train_scorer.py", eva, gen_only),
             ("was trained on the classes 0, 1", sco, [*old, "--known-classes", "0", "7"]),
             ("dark", sco, [*old, "--data", str(folder)]),
             ("--image-size 16", eva, [*old, "--image-size", "32"]),
@@ -773,7 +900,7 @@ def test_checkpoints_of_another_run_are_refused(run, tmp_path, capsys):
     (other / "classifier.pt").unlink()
     train_scorer.main([*argv, "--classifier-steps", "2", "--steps", "2"])
     copy("scorer")
-    assert "another classes and generator_step" in complaint(evaluate.main, argv, capsys)
+    assert "other classes and generator_id" in complaint(evaluate.main, argv, capsys)
     copy("generator")  # ... of six classes, with this run's classifier of three
     assert "not 0, 1, 2, 3, 4, 5" in complaint(evaluate.main, argv, capsys)
     (other / "generator.pt").write_bytes((run / "scorer.pt").read_bytes())
@@ -783,3 +910,32 @@ def test_checkpoints_of_another_run_are_refused(run, tmp_path, capsys):
     wide = Generator(6, ch=4, image_size=16, channels=1)
     with pytest.raises(ValueError, match="x.pt holds a Generator of another width"):
         moodcat.load_weights(wide, Generator(6, ch=2, image_size=16, channels=1).state_dict(), "x.pt")
+
+
+# --- what the README shows ---------------------------------------------------------------------
+
+HERE = Path(__file__).parent
+
+
+def shown(values):
+    """Fractions as the README prints them: percent, mean and, of several seeds, ± std (ddof 1)."""
+    values = 100 * np.array(values)
+    return f"{values.mean():.2f}" + (f" ± {values.std(ddof=1):.2f}" if len(values) > 1 else "")
+
+
+def test_the_readme_shows_what_was_measured():
+    tables = re.findall(r"<!-- (\S+) (\w+) -->\n((?:\|.*\n)+)", (HERE / "README.md").read_text())
+    assert len(tables) >= 4
+    columns = ["fpr95", "auroc", "aupr_in", "aupr_out", "accuracy"]
+    for files, key, table in tables:
+        results = [json.loads(p.read_text()) for p in sorted(HERE.glob(files))]
+        rows = [[c.strip() for c in line.strip("|\n ").split("|")] for line in table.splitlines()[2:]]
+        assert results and rows, files
+        for name, *cells in rows:
+            if key == "kl_sweep":
+                assert cells == [shown(results[0]["auroc"][name][m]) for m in ("cb", "ssim", "cascade")]
+            else:
+                values = [r[key][name] for r in results]
+                assert cells[1:] == [shown([v[cells[0]][c] for v in values]) for c in columns], name
+        if key == "predicted_labels":  # every method that was measured is shown
+            assert len(rows) == sum(len(sets) for sets in results[0][key].values())

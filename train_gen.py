@@ -55,6 +55,8 @@ DOWNLOADS = Path("data")  # where torchvision puts CIFAR, SVHN, DTD
 def fit_image(image, channels, size):
     """PIL image of any mode and size -> uint8 (channels, size, size): the shorter side is resized,
     the centre kept; 16-bit grey is rescaled, alpha dropped."""
+    if image.mode == "F":
+        raise ValueError("float pixels have no fixed range: save it with 8 or 16 bits")
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).astype(np.uint8))
     image = ImageOps.exif_transpose(image).convert("RGB" if channels == 3 else "L")
@@ -88,7 +90,8 @@ def image_files(folder):
     if not folder.exists():
         raise OSError(f"{folder} does not exist")
     files = [folder] if folder.is_file() else sorted(
-        p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+        p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()
+        and not p.name.startswith("."))
     if not files:
         raise OSError(f"{folder} holds no images ({' '.join(sorted(SUFFIXES))})")
     return files
@@ -117,7 +120,7 @@ def read_split(data, split, size):
     if not root.is_dir():
         raise OSError(f"{root} does not exist: --data takes digits, cifar10, cifar100 or a folder "
                       "that holds train/<class>/ and test/<class>/")
-    classes = sorted(p.name for p in root.iterdir() if p.is_dir())
+    classes = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
     if len(classes) < 2:
         raise ValueError(f"{root} holds {len(classes)} class folder(s): two are the least")
     files = [image_files(root / name) for name in classes]
@@ -218,7 +221,8 @@ class Parser(argparse.ArgumentParser):
         length = self.add_mutually_exclusive_group()
         length.add_argument("--steps", type=int, help="stop after this many")
         length.add_argument("--minutes", type=float, help="or stop after this long")
-        self.add_argument("--resume", action="store_true", help="go on where RUN stopped")
+        self.add_argument("--resume", action="store_true",
+                          help="go on where RUN stopped, with its settings")
         self.add_argument("--bf16", action="store_true",
                           help="nets in bfloat16: twice as fast where the hardware has it")
         return self
@@ -226,11 +230,12 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, argv=None):
         args = super().parse_args(argv)
         for flag, value in vars(args).items():
-            if type(value) in (int, float) and value <= 0 and flag not in ("seed", "kl_weight"):
+            if type(value) in (int, float) and not (
+                    0 < value < float("inf") or value == 0 and flag in ("seed", "kl_weight")):
                 self.error(f"--{flag.replace('_', '-')} must be positive")
         try:
             torch.empty(0, device=args.device)
-        except RuntimeError:
+        except (RuntimeError, AssertionError):
             self.error(f"there is no device {args.device!r} here")
         return args
 
@@ -250,10 +255,10 @@ def run_script(main):
         sys.exit(130)
 
 
-def in_bf16(net, args):
-    """net's forward, with --bf16 in bfloat16; float32 goes in and comes out, for the losses."""
+def in_bf16(net, enabled):
+    """net's forward, where enabled in bfloat16; float32 goes in and comes out, for the losses."""
     def forward(*inputs):
-        with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.bf16):
+        with torch.autocast(inputs[0].device.type, torch.bfloat16, enabled=enabled):
             out = net(*inputs)
         return tuple(o.float() for o in out) if isinstance(out, tuple) else out.float()
 
@@ -263,6 +268,19 @@ def in_bf16(net, args):
 def kind_of(data):
     """Which column of the settings a data set takes."""
     return "digits" if data == "digits" else "colour"
+
+
+def earlier(args, name):
+    """The settings in RUN/<name>.pt when --resume asks for them, otherwise {}."""
+    path = Path(args.run, f"{name}.pt")
+    return load_checkpoint(path, name)["settings"] if args.resume and path.exists() else {}
+
+
+def write_text(path, text):
+    """Replace a text file at once: never half-written."""
+    temporary = Path(f"{path}.tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -295,6 +313,8 @@ class Loop:
             for part in parts:
                 parts[part].load_state_dict(saved[part])
             self.step = saved["step"]
+        elif args.resume:
+            print(f"nothing to resume in {self.path}: starting from step 0")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._trim_log()
 
@@ -305,9 +325,7 @@ class Loop:
                      if line.endswith("\n")]
             keep = [line for line in lines if (r := json.loads(line))["phase"] != self.name
                     or r["step"] <= self.step]
-            temporary = self.log_path.with_suffix(".tmp")
-            temporary.write_text("".join(keep))
-            temporary.replace(self.log_path)
+            write_text(self.log_path, "".join(keep))
 
     def log(self, **values):
         """Scalars of this step, numbers or tensors."""
@@ -347,7 +365,8 @@ class Loop:
                 self.save()
         finally:
             signal.signal(signal.SIGINT, before)
-            print(file=sys.stderr)
+            if sys.stderr.isatty():
+                print(file=sys.stderr)
         if self.stopped:
             print(f"stopped at step {self.step}; {self.path} is kept: go on with the same command "
                   "and --resume", file=sys.stderr)
@@ -394,15 +413,16 @@ def save_panel(path, G, x, y, num_classes):
 def main(argv=None):
     parser = Parser(__doc__).training()
     parser.add_argument("--ch", type=int, help="channel multiplier [digits 8, otherwise 32]")
-    parser.add_argument("--kl-weight", type=float, default=KL, help="of Eq. 1 [%(default)s]")
+    parser.add_argument("--kl-weight", type=float, help=f"of Eq. 1 [{KL}]")
     args = parser.parse_args(argv)
-    data = args.data or "digits"
-    kind = kind_of(data)
+    had = earlier(args, "generator")
+    kind = kind_of(args.data or had.get("data", "digits"))
+    defaults = dict(data="digits", known=None, image_size=SIZE[kind], seed=0, ch=CH[kind],
+                    batch_size=BATCH[kind], kl_weight=KL, bf16=False)
+    given = {**vars(args), "known": args.known_classes, "bf16": args.bf16 or None}
+    settings = {k: had.get(k, default) if given[k] is None else given[k]
+                for k, default in defaults.items()}
     steps = args.steps or (float("inf") if args.minutes else STEPS[kind])
-    settings = dict(data=data, known=args.known_classes, image_size=args.image_size or SIZE[kind],
-                    seed=args.seed or 0, ch=args.ch or CH[kind],
-                    batch_size=args.batch_size or BATCH[kind], kl_weight=args.kl_weight,
-                    bf16=args.bf16)
     split = Split(settings, "train", args.device)
     settings.update(classes=split.classes, channels=split.x.shape[1])
     x_all, y_all = split.x[~split.held], split.y[~split.held]
@@ -419,10 +439,10 @@ def main(argv=None):
     loop = Loop(args, "generator", settings,
                 dict(generator=G, discriminator=D, opt_g=opt_g, opt_d=opt_d), steps, args.minutes)
 
-    panel_every = max(1, (STEPS[kind] if steps == float("inf") else steps) // PANELS)
+    panel_every = 500 if steps == float("inf") else max(1, steps // PANELS)
     show = torch.cat([torch.nonzero(split.held & (split.y == c))[:2, 0]
                       for c in range(len(split.classes))])[:12]
-    synthesise, discriminate = in_bf16(G, args), in_bf16(D, args)
+    synthesise, discriminate = (in_bf16(net, settings["bf16"]) for net in (G, D))
     for step in loop:
         batch = torch.randint(len(x_all), (settings["batch_size"],)).to(args.device)
         x, y = to_float(x_all[batch]), y_all[batch]

@@ -13,16 +13,18 @@ Writes RUN/classifier.pt and RUN/scorer.pt and goes on with RUN/log.jsonl.
 import io
 import math
 import warnings
+import zlib
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.export.passes import move_to_device_pass
 from torchvision.models import resnet18
 
 from moodcat import (BinaryScorer, Generator, auroc, hinge_loss, load_checkpoint, load_weights,
                      random_mask, save_checkpoint)
-from train_gen import (BATCH, BETAS, MASK_RATIO, Loop, Parser, Split, in_bf16, kind_of, run_script,
-                       to_float)
+from train_gen import (BATCH, BETAS, LOG_EVERY, MASK_RATIO, Loop, Parser, Split, earlier, in_bf16,
+                       kind_of, run_script, to_float)
 
 # ---------------------------------------------------------------------------------------------
 # Settings
@@ -70,7 +72,7 @@ def train_classifier(args, settings, split):
                           nesterov=True)
     x_all, y_all = split.x[~split.held], split.y[~split.held]
     loop = Loop(args, "classifier", settings, dict(classifier=net, opt=opt), settings["steps"])
-    classify = in_bf16(net, args)
+    classify = in_bf16(net, settings["bf16"])
     for step in loop:
         done = step / settings["steps"]
         opt.param_groups[0]["lr"] = (LR_CLASSIFIER * min(1, (done + 1e-3) / WARM_UP)
@@ -90,7 +92,7 @@ def load_program(blob, device):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.jit announces its retirement
         for load in (lambda f: torch.jit.load(f, map_location=device).eval(),
-                     lambda f: torch.export.load(f).module().to(device)):
+                     lambda f: move_to_device_pass(torch.export.load(f), device).module()):
             try:
                 return load(io.BytesIO(blob))
             except Exception:  # each loader fails in its own way on the other's files
@@ -102,6 +104,8 @@ def load_classifier(run, device, classes=None):
     """RUN/classifier.pt -> callable, images (B, C, S, S) in [-1, 1] to logits (B, K), and its class
     names, which must be `classes` where those are given. Raises OSError or ValueError."""
     path = Path(run, "classifier.pt")
+    if not path.exists():
+        raise OSError(f"{path} does not exist: run train_scorer.py --run {run} first")
     saved = load_checkpoint(path, "classifier", device)
     settings = saved["settings"]
     if classes and settings["classes"] != classes:
@@ -119,9 +123,11 @@ def predict(classifier, x, num_classes, batch=256):
     """uint8 images (N, C, S, S) -> logits (N, K). Raises ValueError when the classifier does not fit."""
     try:
         logits = torch.cat([classifier(to_float(chunk)).float() for chunk in x.split(batch)])
-    except RuntimeError as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, AssertionError, AttributeError, TypeError) as error:
         raise ValueError(f"the classifier fails on images {tuple(x.shape[1:])} in batches of "
-                         f"{batch} (it must take any batch size): {error}") from error
+                         f"{batch} (it must take any batch size and return logits): {error}") from error
     if logits.shape != (len(x), num_classes):
         raise ValueError(f"the classifier has {logits.shape[-1]} outputs, the run {num_classes} classes")
     return logits
@@ -180,8 +186,20 @@ def train_scorer(args, settings, split, G, y_wrong, steps):
     x_check, y_check, wrong_check = split.x[split.held][::2], split.y[split.held][::2], y_wrong[::2]
     loop = Loop(args, "scorer", settings, dict(scorer=scorer, opt=opt, best=best), steps,
                 args.minutes)
-    check_every = max(1, (STEPS[kind_of(settings["data"])] if steps == math.inf else steps) // CHECKS)
-    synthesise, compare = in_bf16(G, args), in_bf16(scorer, args)
+    length = 1000 if steps == math.inf else steps
+    check_every = max(1, length // CHECKS // LOG_EVERY) * LOG_EVERY  # with the log's steps
+
+    def look(step):
+        """Offer the weights after that many steps to `best`, by the held-out pairs."""
+        scorer.eval()
+        right = pair_scores(G, scorer, x_check, y_check)
+        wrong = pair_scores(G, scorer, x_check, wrong_check)
+        scorer.train()
+        accuracy = ((right > 0).float().mean() + (wrong <= 0).float().mean()).item() / 2
+        best.offer((accuracy, -hinge_loss(right, wrong).item()), step, scorer)
+        return dict(pair_accuracy=accuracy, pair_auroc=auroc(right, wrong))
+
+    synthesise, compare = (in_bf16(net, settings["bf16"]) for net in (G, scorer))
     for step in loop:
         batch = torch.randint(len(x_all), (settings["batch_size"],)).to(args.device)
         x, y = to_float(x_all[batch]), y_all[batch]
@@ -196,18 +214,17 @@ def train_scorer(args, settings, split, G, y_wrong, steps):
         loss.backward()
         opt.step()
         loop.log(loss=loss.detach())
-        if (step + 1) % check_every == 0:
-            scorer.eval()
-            right = pair_scores(G, scorer, x_check, y_check)
-            wrong = pair_scores(G, scorer, x_check, wrong_check)
-            scorer.train()
-            accuracy = ((right > 0).float().mean() + (wrong <= 0).float().mean()).item() / 2
-            best.offer((accuracy, -hinge_loss(right, wrong).item()), step + 1, scorer)
-            loop.log(pair_accuracy=accuracy, pair_auroc=auroc(right, wrong))
-    if best.weights is None:  # stopped by --minutes before the first look
-        best.offer((0.0, 0.0), loop.step, scorer)
+        if (step + 1) % check_every == 0 or step + 1 == steps:
+            loop.log(**look(step + 1))
+    if best.weights is None:  # --minutes ended before the first look
+        look(loop.step)
         loop.save()
     print(f"{loop.path}: {loop.step} steps, best pair accuracy {best.mark[0]:.3f} at {best.step}")
+
+
+def fingerprint(weights):
+    """A number that tells one net's weights from another's."""
+    return zlib.crc32(b"".join(v.cpu().numpy().tobytes() for v in weights.values()))
 
 
 def load_run(args):
@@ -220,13 +237,15 @@ def load_run(args):
     settings = saved["settings"]
     if args.image_size not in (None, settings["image_size"]):
         raise ValueError(f"{path} was trained with --image-size {settings['image_size']}")
-    settings.update(data=args.data or settings["data"], generator_step=saved["step"],
+    settings.update(data=args.data or settings["data"], generator_id=fingerprint(saved["generator"]),
                     known=args.known_classes or settings["classes"],
                     unknown=getattr(args, "unknown_classes", None))
     split = Split(settings, "train", args.device)
     if split.classes != settings["classes"] or split.x.shape[1] != settings["channels"]:
-        raise ValueError(f"{path} was trained on the classes {', '.join(settings['classes'])}, not "
-                         f"{', '.join(split.classes)}")
+        raise ValueError(f"{path} was trained on the classes {', '.join(settings['classes'])} with "
+                         f"{settings['channels']} channel(s), not {', '.join(split.classes)} with "
+                         f"{split.x.shape[1]}")
+    settings["known"] = split.classes  # by name, whatever other folders the test split has
     G = Generator(len(settings["classes"]), settings["ch"], settings["image_size"],
                   settings["channels"])
     load_weights(G, saved["generator"], path)
@@ -236,34 +255,41 @@ def load_run(args):
 def store_program(args, settings, split):
     """--classifier FILE -> RUN/classifier.pt, and a callable."""
     path, blob = Path(args.run, "classifier.pt"), Path(args.classifier).read_bytes()
-    if path.exists() and not args.resume:
-        raise ValueError(f"{path} exists: go on with --resume, choose another --run, or delete it")
+    program = torch.frombuffer(bytearray(blob), dtype=torch.uint8)
     classifier = load_program(blob, args.device)
     predict(classifier, split.x[:3], len(settings["classes"]))
-    save_checkpoint(path, dict(kind="classifier", settings=settings,
-                               program=torch.frombuffer(bytearray(blob), dtype=torch.uint8)))
+    if not path.exists():
+        save_checkpoint(path, dict(kind="classifier", settings=settings, program=program))
+    elif not torch.equal(load_checkpoint(path, "classifier").get("program", program[:0]), program):
+        raise ValueError(f"{path} holds another classifier: choose another --run, or delete it")
     return classifier
 
 
 def main(argv=None):
     parser = Parser(__doc__).training()
     parser.add_argument("--classifier", metavar="FILE", help="your own, instead of training one")
-    parser.add_argument("--classifier-steps", type=int, help="[digits 150, otherwise 45000]")
+    parser.add_argument("--classifier-steps", type=int,
+                        help="its length (--steps and --minutes are C_b's) [digits 150, else 45000]")
     parser.add_argument("--stem", choices=["small", "fast"],
                         help="of the ResNet-18: 3x3 with stride 1 or 2 [digits fast, otherwise small]")
     args = parser.parse_args(argv)
     G, settings, split = load_run(args)
     kind, K = kind_of(settings["data"]), len(settings["classes"])
-    settings.update(seed=settings["seed"] if args.seed is None else args.seed, bf16=args.bf16,
-                    batch_size=args.batch_size or BATCH[kind])
+    had = earlier(args, "scorer")
+    settings.update({k: had.get(k, default) if given is None else given for k, given, default in (
+        ("seed", args.seed, settings["seed"]), ("bf16", args.bf16 or None, False),
+        ("batch_size", args.batch_size, BATCH[kind]))})
+    if not Path(args.run, "classifier.pt").exists():  # thresholds belong to a classifier
+        Path(args.run, "detector.pt").unlink(missing_ok=True)
     if args.classifier:
         classifier = store_program(args, settings, split)
     else:
-        own = {k: settings[k] for k in ("data", "classes", "image_size", "channels", "seed",
-                                        "batch_size", "bf16")}
-        classifier = train_classifier(args, dict(
-            own, stem=args.stem or ("fast" if kind == "digits" else "small"),
-            steps=args.classifier_steps or CLASSIFIER_STEPS[kind]), split)
+        had = earlier(args, "classifier")
+        own = {k: had.get(k, settings[k]) for k in ("data", "classes", "image_size", "channels",
+                                                    "seed", "batch_size", "bf16")}
+        own["stem"] = args.stem or had.get("stem", "fast" if kind == "digits" else "small")
+        own["steps"] = args.classifier_steps or had.get("steps", CLASSIFIER_STEPS[kind])
+        classifier = train_classifier(args, own, split)
     logits = predict(classifier, split.x[split.held], K)
     y_held = split.y[split.held]
     print(f"classifier: held-out accuracy {(logits.argmax(1) == y_held).float().mean():.4f}")
