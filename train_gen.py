@@ -336,7 +336,7 @@ class Loop:
             if isinstance(part, torch.nn.Module) and not all(
                     bool(p.isfinite().all()) for p in part.parameters()):
                 raise ValueError(f"weights are not finite at step {self.step}: {self.path} keeps the "
-                                 "last good ones; try a lower learning rate")
+                                 "last good ones; lower the learning rate at the top of the script")
         save_checkpoint(self.path, dict(kind=self.name, step=self.step, settings=self.settings,
                                         **{k: p.state_dict() for k, p in self.parts.items()}))
 
@@ -376,7 +376,7 @@ class Loop:
         values = {k: float(v) for k, v in self.values.items()}
         if not all(np.isfinite(v) for v in values.values()):
             raise ValueError(f"a loss is not finite at step {self.step}: {self.path} keeps the last "
-                             "good weights; try a lower learning rate")
+                             "good weights; lower the learning rate at the top of the script")
         with open(self.log_path, "a") as file:
             file.write(json.dumps({"phase": self.name, "step": self.step, **values}) + "\n")
         self.values = {}
