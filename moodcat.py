@@ -552,14 +552,18 @@ class MoodCat:
         even images choose the scorers' shares of the rejection budget, right label against wrong,
         and the odd ones fix ranks and threshold; without, the shares are equal and all images do.
         """
-        scores = {n: s.cpu().double() for n, s in self.score(x, y).items() if n != "cascade"}
+        def score(x, y):  # without the cascade of an earlier calibration
+            scores = self.score(x, y)
+            return {name: scores[name].cpu().double() for name in self.scorers}
+
+        scores = score(x, y)
         shares = {name: 1 / len(scores) for name in scores}
         if y_wrong is not None:
             y_wrong = torch.as_tensor(y_wrong).cpu()
             if y_wrong.shape != (len(x),) or bool((y_wrong == torch.as_tensor(y).cpu()).any()):
                 raise ValueError("y_wrong must hold one label an image, another than y")
             right = {name: s[0::2] for name, s in scores.items()}
-            wrong = self.score(x[0::2], y_wrong[0::2])
+            wrong = score(x[0::2], y_wrong[0::2])
             knots = {name: _knots(s) for name, s in right.items()}
             right = {name: _rank(s, *knots[name]) for name, s in right.items()}
             wrong = {name: _rank(s, *knots[name]) for name, s in wrong.items()}

@@ -33,7 +33,7 @@ STEPS = dict(digits=1000, colour=100_000)
 BATCH = dict(digits=64, colour=96)  # 96 is the paper's
 CH = dict(digits=8, colour=32)      # 32 is the paper's; 8x8-pixel digits need less
 SIZE = dict(digits=16, colour=32)    # 32 is the paper's
-LR_G = 5e-4        # ten times the paper's: 1/10 of its iterations are within reach here
+LR_G = 5e-4        # ten times the paper's, for trainings of minutes to hours
 LR_D = 1e-3        # twice the generator's: the authors have four times; keeps D ahead of G
 BETAS = (0.0, 0.999)
 ADV = 0.5          # image and pixel term, each: realism must not outweigh resemblance
