@@ -835,7 +835,11 @@ def test_a_diverging_training_stops_and_keeps_the_good_checkpoint(tmp_path, monk
     train_gen.main([*argv, "2"])
     before = (tmp_path / "generator.pt").read_bytes()
     monkeypatch.setattr(train_gen, "kl_divergence", lambda mu, logvar: mu.sum(1) * float("nan"))
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(ValueError, match="loss is not finite"):
+        train_gen.main([*argv, "40", "--resume"])
+    monkeypatch.setattr(train_gen, "LOG_EVERY", 1000)  # a checkpoint falls due before the next look
+    monkeypatch.setattr(train_gen, "SAVE_SECONDS", -1)
+    with pytest.raises(ValueError, match="weights are not finite"):
         train_gen.main([*argv, "40", "--resume"])
     assert (tmp_path / "generator.pt").read_bytes() == before
 
