@@ -219,11 +219,17 @@ def write_csv(path, sets, names, classes, methods, threshold):
     write_text(path, text.getvalue())
 
 
-def draw_panel(path, blocks, detector, classes):
-    """Figures 5 to 8: for each (title, uint8 images, labels), input, masked and synthesis."""
+def pyplot():
+    """matplotlib without a screen; imported when there is something to draw."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    return plt
+
+
+def draw_panel(path, blocks, detector, classes):
+    """Figures 5 to 8: for each (title, uint8 images, labels), input, masked and synthesis."""
+    plt = pyplot()
     blocks = [b for b in blocks if len(b[1])]
     fig, axes = plt.subplots(len(blocks), 1, figsize=(8, 2.7 * len(blocks)), squeeze=False)
     for ax, (title, x, y) in zip(axes[:, 0], blocks):
@@ -243,9 +249,7 @@ def draw_panel(path, blocks, detector, classes):
 
 def draw_scores(run, sets, methods, threshold):
     """Histograms of each method's score by set, and ROC curves of all OOD sets together."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
     fig, axes = plt.subplots(1, len(methods), figsize=(2.8 * len(methods), 2.6))
     for ax, method in zip(axes, methods):
         low, high = np.percentile(np.concatenate([s[method] for s in sets.values()]), [1, 99])
@@ -303,7 +307,49 @@ def judge_images(args):
     print(f"{sum(ood)} of {len(files)} rejected; {path}")
 
 
+def gather_sets(args, settings, train):
+    """What to score: {set: (uint8 images, their names)}, "in-distribution" first, and the true labels
+    of the in-distribution images. Raises OSError or ValueError."""
+    if args.dev:
+        rows = torch.nonzero(train.held)[1::2, 0]  # the even ones chose C_b's checkpoint
+        sets = {"in-distribution": (train.x[rows], train.names[rows.cpu()])}
+        labels, unknown = train.y[rows], (train.unknown, train.unknown_names)
+    else:
+        test = Split(settings, "test", args.device)
+        sets, labels = {"in-distribution": (test.x, test.names)}, test.y
+        unknown = (test.unknown, test.unknown_names)
+    if len(unknown[0]):
+        sets["unknown"] = unknown
+    for name in args.ood:
+        key = "/".join(Path(name).parts[-2:])
+        if key in sets or key in ("mean", "std"):
+            raise ValueError(f"there is a set {key!r} already: rename a folder")
+        sets[key] = load_ood(name, settings["image_size"], settings["channels"])
+    return sets, labels
+
+
+def pick_blocks(sets, scored, threshold):
+    """For draw_panel: a fair sample of the in-distribution and the first OOD set, then their worst
+    mistakes."""
+    inside = scored["in-distribution"]
+    outside = next(name for name in scored if name != "in-distribution")
+    blocks = []
+    for name, title in (("in-distribution", "in-distribution"), (outside, f"OOD: {outside}")):
+        some = np.random.default_rng(0).permutation(len(scored[name]["prediction"]))[:10]
+        blocks.append((title, sets[name][0][some], scored[name]["prediction"][some]))
+    order = np.argsort(inside["cascade"])[:10]
+    order = order[inside["cascade"][order] < threshold]
+    blocks.append(("in-distribution, rejected", sets["in-distribution"][0][order],
+                   inside["prediction"][order]))
+    order = np.argsort(-scored[outside]["cascade"])[:10]
+    order = order[scored[outside]["cascade"][order] >= threshold]
+    blocks.append((f"OOD, accepted: {outside}", sets[outside][0][order],
+                   scored[outside]["prediction"][order]))
+    return blocks
+
+
 def main(argv=None):
+    """Calibrate and save the detector, score every set, write and print the numbers."""
     parser = Parser(__doc__)
     parser.add_argument("--ood", nargs="+", default=[], metavar="SET",
                         help="cifar10, cifar100, svhn, dtd or folders of images")
@@ -326,22 +372,7 @@ def main(argv=None):
     trained = ["generator", "classifier"] + ["scorer"] * ("cb" in detector.scorers)
     steps = {k: load_checkpoint(Path(args.run, f"{k}.pt"), k).get("step") for k in trained}
 
-    # the sets: uint8 images, the names of the images; in-distribution first
-    if args.dev:
-        rows = torch.nonzero(train.held)[1::2, 0]  # the even ones chose C_b's checkpoint
-        sets = {"in-distribution": (train.x[rows], train.names[rows.cpu()])}
-        labels, unknown = train.y[rows], (train.unknown, train.unknown_names)
-    else:
-        test = Split(settings, "test", args.device)
-        sets, labels = {"in-distribution": (test.x, test.names)}, test.y
-        unknown = (test.unknown, test.unknown_names)
-    if len(unknown[0]):
-        sets["unknown"] = unknown
-    for name in args.ood:
-        key = "/".join(Path(name).parts[-2:])
-        if key in sets or key in ("mean", "std"):
-            raise ValueError(f"there is a set {key!r} already: rename a folder")
-        sets[key] = load_ood(name, settings["image_size"], settings["channels"])
+    sets, labels = gather_sets(args, settings, train)
     if len(sets) == 1:
         print(f"{args.run}/detector.pt is calibrated; for numbers, name OOD sets after --ood")
         return
@@ -376,21 +407,7 @@ def main(argv=None):
     write_csv(run / "scores.csv", scored, {k: v[1] for k, v in sets.items()}, classes, methods,
               threshold)
 
-    # pictures: a fair sample of each side, then the worst mistakes
-    outside = next(name for name in scored if name != "in-distribution")
-    blocks = []
-    for name, title in (("in-distribution", "in-distribution"), (outside, f"OOD: {outside}")):
-        some = np.random.default_rng(0).permutation(len(scored[name]["prediction"]))[:10]
-        blocks.append((title, sets[name][0][some], scored[name]["prediction"][some]))
-    order = np.argsort(inside["cascade"])[:10]
-    order = order[inside["cascade"][order] < threshold]
-    blocks.append(("in-distribution, rejected", sets["in-distribution"][0][order],
-                   inside["prediction"][order]))
-    order = np.argsort(-scored[outside]["cascade"])[:10]
-    order = order[scored[outside]["cascade"][order] >= threshold]
-    blocks.append((f"OOD, accepted: {outside}", sets[outside][0][order],
-                   scored[outside]["prediction"][order]))
-    draw_panel(run / "panels.png", blocks, detector, classes)
+    draw_panel(run / "panels.png", pick_blocks(sets, scored, threshold), detector, classes)
     draw_scores(run, scored, methods, threshold)
 
     n = ", ".join(f"{name} {len(s['prediction'])}" for name, s in scored.items())

@@ -411,6 +411,7 @@ def save_panel(path, G, x, y, num_classes):
 
 
 def main(argv=None):
+    """Settle the settings, then train E, D and D^Unet into RUN/generator.pt."""
     parser = Parser(__doc__).training()
     parser.add_argument("--ch", type=int, help="channel multiplier [digits 8, otherwise 32]")
     parser.add_argument("--kl-weight", type=float, help=f"of Eq. 1 [{KL}]")

@@ -266,6 +266,7 @@ def store_program(args, settings, split):
 
 
 def main(argv=None):
+    """Settle the settings, then train the classifier, unless one is given, and C_b."""
     parser = Parser(__doc__).training()
     parser.add_argument("--classifier", metavar="FILE", help="your own, instead of training one")
     parser.add_argument("--classifier-steps", type=int,
