@@ -216,24 +216,25 @@ class Generator(nn.Module):
 
     x_m (B, channels, S, S) in [-1, 1], y (B,) -> x' (B, channels, S, S), mu, logvar (B, z_dim).
     In train() z is sampled; in eval() z = mu, so that a synthesis is repeatable. S is a multiple of
-    8, at least 16; the paper has 32. Raises ValueError for any other size.
+    8, at least 16; the paper has 32. Raises ValueError for any other size. With conditional=False
+    (Table 6) y is ignored: one embedding serves every class.
     """
 
-    def __init__(self, num_classes, ch=32, image_size=32, channels=3, z_dim=128):
+    def __init__(self, num_classes, ch=32, image_size=32, channels=3, z_dim=128, conditional=True):
         super().__init__()
         self.settings = dict(num_classes=num_classes, ch=ch, image_size=image_size,
-                             channels=channels, z_dim=z_dim)
+                             channels=channels, z_dim=z_dim, conditional=conditional)
         if image_size < 16 or image_size % 8:
             raise ValueError(f"image size {image_size} must be a multiple of 8, at least 16")
         if channels not in (1, 3):
             raise ValueError(f"images have 1 or 3 channels, not {channels}")
         self.encoder = Encoder(ch, image_size, channels, z_dim)
-        self.decoder = Decoder(num_classes, ch, image_size, channels, z_dim)
+        self.decoder = Decoder(num_classes if conditional else 1, ch, image_size, channels, z_dim)
 
     def forward(self, x_m, y):
         mu, logvar = self.encoder(x_m)
         z = mu + (logvar / 2).exp() * torch.randn_like(mu) if self.training else mu
-        return self.decoder(z, y), mu, logvar
+        return self.decoder(z, y if self.settings["conditional"] else y * 0), mu, logvar
 
 
 # ---------------------------------------------------------------------------------------------

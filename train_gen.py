@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from moodcat import (Generator, UNetDiscriminator, discriminator_loss, generator_loss,
-                     kl_divergence, load_checkpoint, random_mask, save_checkpoint)
+from moodcat import (MASK_STYLES, Generator, UNetDiscriminator, discriminator_loss,
+                     generator_loss, kl_divergence, load_checkpoint, random_mask, save_checkpoint)
 
 # ---------------------------------------------------------------------------------------------
 # Settings. The paper: Adam (0, 0.999), 5e-5 for all nets, batch 96, ch 32, and every term of Eq. 6
@@ -39,7 +39,7 @@ BETAS = (0.0, 0.999)
 ADV = 0.5          # image and pixel term, each: realism must not outweigh resemblance
 L1, L2, SSIM = 2.0, 3.0, 5.0  # the authors' weights; in Eq. 6's 1 : 1 : 1 the syntheses stay blurred
 KL = 0.1           # of the sum over z. It decides how much y matters: see the sweep in the README
-MASK_RATIO = (0.1, 0.3)       # Table 5
+MASK_RATIO = (0.1, 0.3)       # Table 5; one rectangle an image
 SAVE_SECONDS = 60  # between checkpoints; when they fall changes no result
 LOG_EVERY = 10     # steps
 PANELS = 10        # sample panels in a training
@@ -227,8 +227,18 @@ class Parser(argparse.ArgumentParser):
                           help="nets in bfloat16: twice as fast where the hardware has it")
         return self
 
+    def masking(self):
+        """The flags of Tables 5 and 11."""
+        self.add_argument("--mask-style", choices=MASK_STYLES, help="[random]")
+        self.add_argument("--mask-ratio", nargs="+", type=float, metavar="R",
+                          help="share of the area to remove, one number or a range [0.1 0.3]")
+        return self
+
     def parse_args(self, argv=None):
         args = super().parse_args(argv)
+        ratio = getattr(args, "mask_ratio", None)
+        if ratio and not (len(ratio) <= 2 and 0 <= ratio[0] <= ratio[-1] <= 1):
+            self.error("--mask-ratio takes one number in [0, 1] or two, the smaller first")
         for flag, value in vars(args).items():
             if type(value) in (int, float) and not (
                     0 < value < float("inf") or value == 0 and flag in ("seed", "kl_weight")):
@@ -399,28 +409,31 @@ class Loop:
 # Training (Algorithm 1)
 
 @torch.no_grad()
-def save_panel(path, G, x, y, num_classes):
+def save_panel(path, G, x, x_m, y):
     """A picture of up to 12 images: input, masked, synthesis with y, with the next label."""
     from torchvision.utils import save_image
     was = G.training
     G.eval()
-    x_m, _ = random_mask(x, MASK_RATIO, generator=torch.Generator().manual_seed(0))
-    rows = torch.cat([x, x_m, G(x_m, y)[0], G(x_m, (y + 1) % num_classes)[0]])
+    rows = torch.cat([x, x_m, G(x_m, y)[0], G(x_m, (y + 1) % G.settings["num_classes"])[0]])
     save_image((rows + 1) / 2, path, nrow=len(x))
     G.train(was)
 
 
 def main(argv=None):
     """Settle the settings, then train E, D and D^Unet into RUN/generator.pt."""
-    parser = Parser(__doc__).training()
+    parser = Parser(__doc__).training().masking()
     parser.add_argument("--ch", type=int, help="channel multiplier [digits 8, otherwise 32]")
     parser.add_argument("--kl-weight", type=float, help=f"of Eq. 1 [{KL}]")
+    parser.add_argument("--unconditional", action="store_true",
+                        help="no label in decoder and discriminator (Table 6)")
     args = parser.parse_args(argv)
     had = earlier(args, "generator")
     kind = kind_of(args.data or had.get("data", "digits"))
     defaults = dict(data="digits", known=None, image_size=SIZE[kind], seed=0, ch=CH[kind],
-                    batch_size=BATCH[kind], kl_weight=KL, bf16=False)
-    given = {**vars(args), "known": args.known_classes, "bf16": args.bf16 or None}
+                    batch_size=BATCH[kind], kl_weight=KL, bf16=False, mask_style="random",
+                    mask_ratio=list(MASK_RATIO), conditional=True)
+    given = {**vars(args), "known": args.known_classes, "bf16": args.bf16 or None,
+             "conditional": False if args.unconditional else None}
     settings = {k: had.get(k, default) if given[k] is None else given[k]
                 for k, default in defaults.items()}
     steps = args.steps or (float("inf") if args.minutes else STEPS[kind])
@@ -431,8 +444,9 @@ def main(argv=None):
           f"held out, on {args.device}")
 
     torch.manual_seed(settings["seed"])
-    G = Generator(len(split.classes), settings["ch"], settings["image_size"], settings["channels"])
-    D = UNetDiscriminator(len(split.classes), settings["ch"], settings["channels"])
+    G = Generator(len(split.classes), settings["ch"], settings["image_size"], settings["channels"],
+                  conditional=settings["conditional"])
+    D = UNetDiscriminator(G.decoder.embed.num_embeddings, settings["ch"], settings["channels"])
     for net in (G, D):
         net.to(args.device, memory_format=torch.channels_last)
     opt_g = torch.optim.Adam(G.parameters(), LR_G, BETAS)
@@ -443,11 +457,14 @@ def main(argv=None):
     panel_every = 500 if steps == float("inf") else max(1, steps // PANELS)
     show = torch.cat([torch.nonzero(split.held & (split.y == c))[:2, 0]
                       for c in range(len(split.classes))])[:12]
+    x_show, y_show = to_float(split.x[show]), split.y[show]
+    mask = dict(ratio=settings["mask_ratio"], style=settings["mask_style"])
+    masked_show, _ = random_mask(x_show, **mask, generator=torch.Generator().manual_seed(0))
     synthesise, discriminate = (in_bf16(net, settings["bf16"]) for net in (G, D))
     for step in loop:
         batch = torch.randint(len(x_all), (settings["batch_size"],)).to(args.device)
-        x, y = to_float(x_all[batch]), y_all[batch]
-        x_m, _ = random_mask(x, MASK_RATIO)
+        x, y = to_float(x_all[batch]), y_all[batch] * settings["conditional"]  # else all 0
+        x_m, _ = random_mask(x, **mask)
         x_fake, mu, logvar = synthesise(x_m, y)                   # x' = D(E(M(x)), y)
 
         # (1) update E and D (Eq. 6 and Eq. 1); D^Unet's weights need no gradient here
@@ -469,8 +486,7 @@ def main(argv=None):
 
         loop.log(loss_g=loss_g.detach(), kl=kl.detach(), loss_d=loss_d.detach())
         if (step + 1) % panel_every == 0:
-            save_panel(Path(args.run, f"samples_{step + 1:06d}.png"), G, to_float(split.x[show]),
-                       split.y[show], len(split.classes))
+            save_panel(Path(args.run, f"samples_{step + 1:06d}.png"), G, x_show, masked_show, y_show)
     print(f"{loop.path}: {loop.step} steps")
 
 

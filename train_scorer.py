@@ -23,7 +23,7 @@ from torchvision.models import resnet18
 
 from moodcat import (BinaryScorer, Generator, auroc, hinge_loss, load_checkpoint, load_weights,
                      random_mask, save_checkpoint)
-from train_gen import (BATCH, BETAS, LOG_EVERY, MASK_RATIO, Loop, Parser, Split, earlier, in_bf16,
+from train_gen import (BATCH, BETAS, LOG_EVERY, Loop, Parser, Split, earlier, in_bf16,
                        kind_of, run_script, to_float)
 
 # ---------------------------------------------------------------------------------------------
@@ -162,13 +162,14 @@ def wrong_labels(y, num_classes):
 
 
 @torch.no_grad()
-def pair_scores(G, scorer, x, y):
-    """C_b's scores (N,) of uint8 images x under labels y (N,), with masks that never change."""
+def pair_scores(G, scorer, x, y, mask):
+    """C_b's scores (N,) of uint8 images x under labels y (N,), with masks that never change; mask:
+    ratio and style for random_mask."""
     scores = []
     generator = torch.Generator().manual_seed(0)
     for xs, ys in zip(x.split(256), y.split(256)):
         xs = to_float(xs)
-        x_m, _ = random_mask(xs, MASK_RATIO, generator=generator)
+        x_m, _ = random_mask(xs, **mask, generator=generator)
         scores.append(scorer(xs, G(x_m, ys)[0], ys))
     return torch.cat(scores)
 
@@ -181,6 +182,7 @@ def train_scorer(args, settings, split, G, y_wrong, steps):
     scorer = BinaryScorer(K, settings["ch"], settings["channels"])
     scorer.to(args.device, memory_format=torch.channels_last)
     opt, best = torch.optim.Adam(scorer.parameters(), LR, BETAS), Best()
+    mask = dict(ratio=settings["mask_ratio"], style=settings["mask_style"])  # the generator's
     x_all, y_all = split.x[~split.held], split.y[~split.held]
     # the even held-out images choose the checkpoint; evaluate.py sets its threshold on the odd ones
     x_check, y_check, wrong_check = split.x[split.held][::2], split.y[split.held][::2], y_wrong[::2]
@@ -192,8 +194,8 @@ def train_scorer(args, settings, split, G, y_wrong, steps):
     def look(step):
         """Offer the weights after that many steps to `best`, by the held-out pairs."""
         scorer.eval()
-        right = pair_scores(G, scorer, x_check, y_check)
-        wrong = pair_scores(G, scorer, x_check, wrong_check)
+        right = pair_scores(G, scorer, x_check, y_check, mask)
+        wrong = pair_scores(G, scorer, x_check, wrong_check, mask)
         scorer.train()
         accuracy = ((right > 0).float().mean() + (wrong <= 0).float().mean()).item() / 2
         best.offer((accuracy, -hinge_loss(right, wrong).item()), step, scorer)
@@ -204,7 +206,7 @@ def train_scorer(args, settings, split, G, y_wrong, steps):
         batch = torch.randint(len(x_all), (settings["batch_size"],)).to(args.device)
         x, y = to_float(x_all[batch]), y_all[batch]
         y_not = wrong_labels(y, K)
-        x_m, _ = random_mask(x, MASK_RATIO)
+        x_m, _ = random_mask(x, **mask)
         with torch.no_grad():  # G is frozen
             x_right, x_not = synthesise(torch.cat([x_m, x_m]), torch.cat([y, y_not]))[0].chunk(2)
         right, wrong = compare(torch.cat([x, x]), torch.cat([x_right, x_not]),
@@ -247,7 +249,7 @@ def load_run(args):
                          f"{split.x.shape[1]}")
     settings["known"] = split.classes  # by name, whatever other folders the test split has
     G = Generator(len(settings["classes"]), settings["ch"], settings["image_size"],
-                  settings["channels"])
+                  settings["channels"], conditional=settings["conditional"])
     load_weights(G, saved["generator"], path)
     return G.to(args.device).eval().requires_grad_(False), settings, split
 
