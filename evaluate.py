@@ -3,17 +3,22 @@
     python evaluate.py                                           # digits, after the other two
     python evaluate.py --run runs/cifar10 --ood cifar100 svhn dtd FOLDER
     python evaluate.py --run runs/cifar10 --scorers cb lpips-squeeze
+    python evaluate.py --run runs/cifar10 --scood ROOT           # the SC-OOD benchmark
     python evaluate.py --run runs/cifar10 --images my_photos     # verdicts on your own pictures
+    python evaluate.py --bench                                   # parameters, MACs, images per second
+    python evaluate.py --tables runs/tables                      # the paper's tables from many runs
 
 In-distribution: the run's test split. OOD: the test images of the other classes ("unknown"), when
 there are any, and the sets after --ood. The headline uses y = C(x); the authors' protocol (true
 labels for in-distribution, random labels for OOD images) follows under its own name. Ranks, shares
 and threshold of the cascade are fixed on held-out training images: no test image chooses anything.
-Writes into RUN: detector.pt, results.json, scores.csv, panels.png, histograms.png, roc.png.
+Writes into RUN, or --out: detector.pt, results.json, scores.csv (all scores of each image, from which
+every table follows), panels.png, masks.png, histograms.png, roc.png.
 """
 
 import csv
 import io
+import itertools
 import json
 import math
 import platform
@@ -28,11 +33,13 @@ import sklearn
 import torch
 import torchvision
 from sklearn.metrics import auc, precision_recall_curve, roc_auc_score, roc_curve
+from torch.utils.flop_counter import FlopCounterMode
 
-from moodcat import DISTS, LPIPS, BinaryScorer, MoodCat, load_checkpoint, load_weights, ssim
-from train_gen import (Parser, Split, download, fit_image, image_files, kind_of, read_files,
-                       run_script, to_float, write_text)
-from train_scorer import load_classifier, load_run, predict
+from moodcat import (DISTS, LPIPS, BinaryScorer, Generator, MoodCat, cascade, fit_cascade,
+                     load_checkpoint, load_weights, random_mask, ssim)
+from train_gen import (MASK_RATIO, Parser, Split, download, fit_image, image_files, kind_of,
+                       read_files, run_script, to_float, write_text)
+from train_scorer import load_classifier, load_run, make_classifier, predict
 
 # ---------------------------------------------------------------------------------------------
 # Settings
@@ -41,6 +48,11 @@ SCORERS = dict(digits=["cb", "ssim"], colour=["cb", "lpips", "dists"])  # colour
 TPR = 0.95                   # share of in-distribution images to accept
 ODIN_TEMPERATURE = 1000.0    # its paper's defaults; its step of 0.0014 is for images in [0, 1], ...
 ODIN_STEP = 2 * 0.0014       # ... ours span twice that
+# which labels the two sides are scored under; "oracle": true in-distribution, random for OOD
+LABELINGS = dict(predicted_labels=("", ""),             # y = C(x), the headline
+                 oracle_labels=("oracle ", "oracle "),  # the authors' code
+                 true_in_distribution=("oracle ", ""))  # the truth where there is one, else C(x)
+CALIBRATION = ("held-out", "second guess")              # sets of scores.csv that no table reports
 COLUMNS = dict(fpr95="FPR@TPR95", auroc="AUROC", aupr_in="AUPR-In", aupr_out="AUPR-Out",
                accuracy="accuracy")
 
@@ -85,19 +97,21 @@ def baselines(classifier, x, logits):
 
 
 # ---------------------------------------------------------------------------------------------
-# Scoring
+# What to score
 
 
 def make_scorers(names, run, settings, device):
-    """The scorers that --scorers names: cb, lpips (= lpips-vgg), lpips-alex, lpips-squeeze, dists,
-    ssim. Raises OSError or ValueError."""
-    scorers = {}
+    """The scorers that --scorers names, and the steps of those that were trained. Raises OSError or
+    ValueError."""
+    scorers, steps = {}, {}
     for name in names:
-        if name == "cb":
-            path = Path(run, "scorer.pt")
+        if name in ("cb", "cb_extra"):
+            kind = name.replace("cb", "scorer")
+            path = Path(run, f"{kind}.pt")
             if not path.exists():
-                raise OSError(f"{path} does not exist: run train_scorer.py --run {run} first")
-            saved = load_checkpoint(path, "scorer", device)
+                raise OSError(f"{path} does not exist: run train_scorer.py --run {run} first"
+                              + ", then with --extra" * (name == "cb_extra"))
+            saved = load_checkpoint(path, kind, device)
             differ = [k for k in ("classes", "generator_id") if saved["settings"][k] != settings[k]]
             if differ:
                 raise ValueError(f"{path} was trained with other {' and '.join(differ)} than "
@@ -105,9 +119,9 @@ def make_scorers(names, run, settings, device):
             if saved["best"]["weights"] is None:
                 raise ValueError(f"{path} stopped before its first look at held-out pairs: go on with "
                                  "train_scorer.py --resume")
-            scorers[name] = load_weights(
+            scorers[name], steps[name] = load_weights(
                 BinaryScorer(len(settings["classes"]), settings["ch"], settings["channels"]),
-                saved["best"]["weights"], path)
+                saved["best"]["weights"], path), saved["step"]
         elif name == "ssim":
             scorers[name] = ssim
         elif name == "dists":
@@ -115,8 +129,26 @@ def make_scorers(names, run, settings, device):
         elif name.split("-")[0] == "lpips":
             scorers[name] = LPIPS(name.partition("-")[2] or "vgg")
         else:
-            raise ValueError(f"no scorer {name!r}: cb, lpips, lpips-alex, lpips-squeeze, dists, ssim")
-    return scorers
+            raise ValueError(f"no scorer {name!r}: cb, cb_extra, lpips, lpips-alex, lpips-squeeze, "
+                             "dists, ssim")
+    return scorers, steps
+
+
+# the 50 animal classes of CIFAR-100 (its ten animal superclasses, people among them)
+ANIMALS = """aquarium_fish baby bear beaver bee beetle boy butterfly camel caterpillar cattle chimpanzee
+    cockroach crab crocodile dinosaur dolphin elephant flatfish fox girl hamster kangaroo leopard lion
+    lizard lobster man mouse otter porcupine possum rabbit raccoon ray seal shark shrew skunk snail
+    snake spider squirrel tiger trout turtle whale wolf woman worm""".split()
+
+
+def animals(name):
+    """CIFAR+N of Table 3, "cifar+50" or "cifar+10:SPLIT": names of N classes of CIFAR-100."""
+    if name == "cifar+50":
+        return ANIMALS
+    split = name.partition(":")[2]
+    if not split.isdigit():
+        raise ValueError(f"{name} needs its split: cifar+10:0 to cifar+10:4")
+    return sorted(np.random.default_rng(int(split)).choice(ANIMALS, 10, replace=False).tolist())
 
 
 def load_ood(name, size, channels):
@@ -129,6 +161,10 @@ def load_ood(name, size, channels):
     elif name == "dtd":
         images = torch.utils.data.ConcatDataset(
             [download(datasets.DTD, split=split) for split in ("train", "val", "test")])
+    elif name.startswith("cifar+"):
+        images = download(datasets.CIFAR100, train=False)
+        wanted = {images.class_to_idx[c] for c in animals(name)}
+        images = [pair for pair in images if pair[1] in wanted]
     else:
         files = image_files(name)
         return read_files(files, channels, size), files
@@ -136,51 +172,131 @@ def load_ood(name, size, channels):
     return torch.from_numpy(x), range(len(x))
 
 
-def score_set(detector, classifier, x, y_oracle, title, batch=256):
-    """Everything about one set of uint8 images x (N, C, S, S): prediction (N,), the score (N,) of
-    each method under y = C(x), and of each scorer under the labels y_oracle (N,)."""
-    parts = []
+def read_scood(root, settings):
+    """The SC-OOD benchmark: {set: (uint8 images (N, C, S, S), labels (N,), their names)} of ROOT/images
+    by the lists ROOT/imglist/benchmark_*/test_<set>.txt. A line is a path, a space and a JSON object
+    whose "sc_label" is -1 for OOD, else the class that the image really shows. Raises OSError or
+    ValueError."""
+    K, found = len(settings["classes"]), sorted(Path(root, "imglist").glob("benchmark_*"))
+    folders = [f for f in found if f.name == f"benchmark_cifar{K}"] or found
+    lists = sorted(folders[0].glob("test_*.txt")) if len(folders) == 1 else []
+    if not lists:
+        raise OSError(f"{root} must hold images/ and lists imglist/benchmark_cifar{K}/test_*.txt, or "
+                      "those of one other benchmark")
+    sets = {}
+    for file in lists:
+        names, labels = [], []
+        for number, line in enumerate(file.read_text().splitlines(), 1):
+            name, _, rest = line.partition(" {")
+            try:
+                label = json.loads("{" + rest)["sc_label"]
+                if label not in range(-1, K):
+                    raise ValueError(f"sc_label {label} is not in -1 to {K - 1}")
+            except (ValueError, KeyError) as error:
+                raise ValueError(f'{file}, line {number}: {error}; a line is: PATH {{"sc_label": 3}}'
+                                 ) from error
+            names.append(name)
+            labels.append(label)
+        if all(label >= 0 for label in labels):
+            print(f"{file.name} lists no OOD image; in-distribution is the run's own test split")
+            continue
+        x = read_files([Path(root, "images", name) for name in names], settings["channels"],
+                       settings["image_size"])
+        sets[file.stem.removeprefix("test_")] = (x, torch.tensor(labels), names)
+    return sets
+
+
+def gather_sets(args, settings, train):
+    """What to report on: {set: (uint8 images, labels, their names)}, "in-distribution" first; label -1
+    = OOD, otherwise the class. Raises OSError or ValueError."""
+    if args.dev:
+        rows = torch.nonzero(train.held)[1::2, 0]  # the even ones chose C_b's checkpoint
+        sets = {"in-distribution": (train.x[rows], train.y[rows], train.names[rows.cpu()])}
+        unknown, names = train.unknown, train.unknown_names
+    else:
+        test = Split(settings, "test", args.device)
+        sets = {"in-distribution": (test.x, test.y, test.names)}
+        unknown, names = test.unknown, test.unknown_names
+    ood = lambda x: torch.full((len(x),), -1)
+    if len(unknown):
+        sets["unknown"] = (unknown, ood(unknown), names)
+    for name in args.ood:
+        key = "/".join(Path(name).parts[-2:])
+        if key in sets or key in ("mean", "std"):
+            raise ValueError(f"there is a set {key!r} already: rename a folder")
+        x, names = load_ood(name, settings["image_size"], settings["channels"])
+        sets[key] = (x, ood(x), names)
+    return {**sets, **(read_scood(args.scood, settings) if args.scood else {})}
+
+
+# ---------------------------------------------------------------------------------------------
+# Scores of each image, and what follows from them
+
+
+def score_set(detector, classifier, x, labels, title, batch):
+    """Everything about one set of uint8 images x (N, C, S, S) with labels (N,), -1 = OOD: label,
+    prediction and second guess, each method's score under y = C(x), and each scorer's under the
+    oracle label (the truth, random for OOD): {column: (N,)} on the CPU."""
+    parts, start, labels = [], time.time(), labels.cpu()
     K = detector.generator.settings["num_classes"]
-    start = time.time()
+    random = torch.randint(K, labels.shape, generator=torch.Generator().manual_seed(0))
+    oracle = torch.where(labels >= 0, labels, random)
     for i in range(0, len(x), batch):
-        chunk, y = x[i:i + batch].to(detector.device), y_oracle[i:i + batch]
+        chunk, y = x[i:i + batch].to(detector.device), oracle[i:i + batch]
         images, logits = to_float(chunk), predict(classifier, chunk, K)
-        part = dict(prediction=logits.argmax(1), **baselines(classifier, images, logits))
-        part.update(detector.score(images, logits.argmax(1)))
+        guesses = logits.topk(2).indices
+        part = dict(prediction=guesses[:, 0], second=guesses[:, 1],
+                    **baselines(classifier, images, logits), **detector.score(images, guesses[:, 0]))
         part.update({f"oracle {name}": s for name, s in detector.score(images, y).items()})
-        parts.append({k: v.detach().cpu().numpy() for k, v in part.items()})
+        parts.append({k: v.detach().cpu() for k, v in part.items()})
         done, spent = i + len(chunk), time.time() - start
         if sys.stderr.isatty() or done == len(x):
             print(f"{chr(13) if sys.stderr.isatty() else ''}{title} {done}/{len(x)} images "
                   f"{done / spent:.0f}/s {(len(x) - done) * spent / done / 60:.1f} min left",
                   end="\n" if done == len(x) else "", file=sys.stderr, flush=True)
-    return {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
+    return dict(label=labels, **{k: torch.cat([part[k] for part in parts]) for k in parts[0]})
 
 
-def calibrated_detector(args, G, classifier, settings, split):
-    """The run's nets with everything fixed on the held-out training images, at y = C(x)."""
-    names = args.scorers or SCORERS[kind_of(settings["data"])]
-    detector = MoodCat(G, make_scorers(names, args.run, settings, args.device), seed=args.seed or 0)
-    x = split.x[split.held]
-    guesses = predict(classifier, x, len(settings["classes"])).topk(2).indices
-    return detector.calibrate(to_float(x), guesses[:, 0], TPR, guesses[:, 1])
+def add_cascades(scored, held, wrong, names):
+    """To each set of scores the cascade of every subset of two scorers and more (Table 4), under y =
+    C(x) and under oracle labels, as columns "a+b" and, for all, "cascade". held, wrong: the held-out
+    scores that fit them. Returns the calibration of "cascade" and the subsets, {title: column}."""
+    pick = lambda scores, subset, prefix="": {name: scores[prefix + name] for name in subset}
+    columns = {name: name for name in names}
+    for size in range(1, len(names) + 1):
+        for subset in itertools.combinations(names, size):
+            if size == 1 < len(names):
+                continue  # one scorer's cascade has its order
+            calibration = fit_cascade(pick(held, subset), pick(wrong, subset), TPR)
+            key = "cascade" if size == len(names) else "+".join(subset)
+            for s in scored.values():
+                for prefix in ("", "oracle "):
+                    s[prefix + key] = cascade(pick(s, subset, prefix), calibration)
+            columns["+".join(subset)] = key
+    return calibration, columns
 
 
-# ---------------------------------------------------------------------------------------------
-# Table, files, pictures
-
-
-def tabulate(sets, methods, accuracy):
-    """{method: {set: metrics}} with a row "mean" and "std" (ddof 1) where there are several sets."""
-    table = {}
-    for shown, key in methods.items():
-        rows = {name: dict(ood_metrics(sets["in-distribution"][key], s[key]), accuracy=accuracy)
-                for name, s in sets.items() if name != "in-distribution"}
+def tabulate(scored, methods, labeling):
+    """{method: {set: metrics}} for {method: column}, with rows "mean" and "std" (ddof 1) where there
+    are several sets. In-distribution images inside an OOD set join the test images."""
+    inside, outside = LABELINGS[labeling]
+    test, table = scored["in-distribution"], {}
+    for method, column in methods.items():
+        rows = {}
+        for name, s in scored.items():
+            if name == "in-distribution":
+                continue
+            ood = s["label"] < 0
+            known = torch.cat([test["label"], s["label"][~ood]])
+            predicted = torch.cat([test["prediction"], s["prediction"][~ood]])
+            metrics = ood_metrics(torch.cat([test[inside + column], s[inside + column][~ood]]),
+                                  s[outside + column][ood])
+            rows[name] = dict(metrics, accuracy=(known == predicted).double().mean().item())
         if len(rows) > 1:
             values = {c: [row[c] for row in rows.values()] for c in COLUMNS}
             rows["mean"] = {c: float(np.mean(v)) for c, v in values.items()}
             rows["std"] = {c: float(np.std(v, ddof=1)) for c, v in values.items()}
-        table[shown] = rows
+        table[method] = rows
     return table
 
 
@@ -206,16 +322,18 @@ def source_revision():
         if head.returncode == 0 else "unknown"
 
 
-def write_csv(path, sets, names, classes, methods, threshold):
-    """One line an image: set, image, prediction, every score under y = C(x), flagged."""
+def write_csv(path, scored, names, classes):
+    """One line an image: set, image, classes (label, prediction, second guess), every score."""
     text = io.StringIO()
+    columns = list(scored["in-distribution"])
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["set", "image", "prediction", *methods, "flagged"])
-    for key, scores in sets.items():
-        flagged = (scores["cascade"] < threshold).astype(int)
-        for i, name in enumerate(names[key]):
-            writer.writerow([key, name, classes[scores["prediction"][i]],
-                             *(repr(float(scores[m][i])) for m in methods), flagged[i]])
+    writer.writerow(["set", "image", *columns])
+    named = dict(label=lambda v: classes[v] if v >= 0 else "OOD", prediction=lambda v: classes[v],
+                 second=lambda v: classes[v])
+    for key, scores in scored.items():
+        values = [map(named.get(c, repr), scores[c].tolist()) if c in scores else
+                  itertools.repeat("") for c in columns]
+        writer.writerows(zip(itertools.repeat(key), names[key], *values))
     write_text(path, text.getvalue())
 
 
@@ -227,19 +345,19 @@ def pyplot():
     return plt
 
 
-def draw_panel(path, blocks, detector, classes):
-    """Figures 5 to 8: for each (title, uint8 images, labels), input, masked and synthesis."""
+def draw_grids(path, grids):
+    """A picture of grids: for each a title, {row name: images (n, C, S, S) in [-1, 1]} and n column
+    names."""
     plt = pyplot()
-    blocks = [b for b in blocks if len(b[1])]
-    fig, axes = plt.subplots(len(blocks), 1, figsize=(8, 2.7 * len(blocks)), squeeze=False)
-    for ax, (title, x, y) in zip(axes[:, 0], blocks):
-        x, y = to_float(x).to(detector.device), torch.as_tensor(y).to(detector.device)
-        rows = [torch.cat(list(r), 2) for r in (x, *detector.synthesise(x, y))]  # side by side
-        grid = ((torch.cat(rows, 1).cpu() + 1) / 2).permute(1, 2, 0)
-        ax.imshow(grid.numpy().squeeze(), cmap="gray", vmin=0, vmax=1)
-        side = x.shape[-1]
-        ax.set_xticks([side * (i + 0.5) for i in range(len(x))], [classes[c] for c in y.tolist()])
-        ax.set_yticks([side * (i + 0.5) for i in range(3)], ["input", "masked", "synthesis"])
+    height = sum(len(rows) * 0.7 + 0.6 for _, rows, _ in grids)
+    fig, axes = plt.subplots(len(grids), 1, figsize=(8, height), squeeze=False)
+    for ax, (title, rows, names) in zip(axes[:, 0], grids):
+        image = torch.cat([torch.cat(list(row), 2) for row in rows.values()], 1)  # side by side
+        ax.imshow(((image.cpu() + 1) / 2).permute(1, 2, 0).numpy().squeeze(), cmap="gray", vmin=0,
+                  vmax=1)
+        side = image.shape[2] / len(names)
+        ax.set_xticks([side * (i + 0.5) for i in range(len(names))], names)
+        ax.set_yticks([side * (i + 0.5) for i in range(len(rows))], list(rows))
         ax.tick_params(length=0, labelsize=8)
         ax.set_title(title, fontsize=9)
     fig.tight_layout()
@@ -247,14 +365,44 @@ def draw_panel(path, blocks, detector, classes):
     plt.close(fig)
 
 
+def draw_panel(path, blocks, detector, classes):
+    """Figures 5 to 8: for each (title, uint8 images, labels), input, masked and synthesis."""
+    grids = []
+    for title, x, y in blocks:
+        if len(x):
+            x, y = to_float(x).to(detector.device), y.to(detector.device)
+            x_m, x_fake = detector.synthesise(x, y)
+            grids.append((title, dict(input=x, masked=x_m, synthesis=x_fake),
+                          [classes[c] for c in y.tolist()]))
+    draw_grids(path, grids)
+
+
+def draw_masks(path, G, inside, outside, y, classes):
+    """Figure 4: an in-distribution and an OOD image, uint8 (C, S, S) each, synthesised as class y
+    under every mask style."""
+    styles = {"input": ("none", 0), "without": ("none", 0), "fixed, 0.1": ("fixed", 0.1),
+              "fixed, 0.3": ("fixed", 0.3), "patches, 0.3": ("patch", 0.3), "shuffled": ("shuffle", 0),
+              "random": ("random", MASK_RATIO)}
+    grids = []
+    for title, image in (("in-distribution", inside), ("OOD", outside)):
+        x = to_float(image).to(next(G.parameters()).device)[None]
+        x_m = torch.cat([random_mask(x, ratio, style, torch.Generator().manual_seed(0))[0]
+                         for style, ratio in styles.values()])
+        with torch.no_grad():
+            x_fake = G(x_m, torch.full((len(x_m),), y, device=x.device))[0]
+        x_fake[0] = 1  # under the input, nothing
+        grids.append((f"{title}, as {classes[y]}", dict(masked=x_m, synthesis=x_fake), list(styles)))
+    draw_grids(path, grids)
+
+
 def draw_scores(run, sets, methods, threshold):
     """Histograms of each method's score by set, and ROC curves of all OOD sets together."""
     plt = pyplot()
     fig, axes = plt.subplots(1, len(methods), figsize=(2.8 * len(methods), 2.6))
     for ax, method in zip(axes, methods):
-        low, high = np.percentile(np.concatenate([s[method] for s in sets.values()]), [1, 99])
+        low, high = np.percentile(torch.cat([s[method] for s in sets.values()]), [1, 99])
         for name, s in sets.items():
-            ax.hist(s[method].clip(low, high), 30, range=(low, high), density=True, alpha=0.5, label=name)
+            ax.hist(s[method].numpy().clip(low, high), 30, range=(low, high), density=True, alpha=0.5, label=name)
         if method == "cascade":
             ax.axvline(threshold, color="k", lw=1)
         ax.set_title(method, fontsize=9)
@@ -267,8 +415,9 @@ def draw_scores(run, sets, methods, threshold):
 
     fig, ax = plt.subplots(figsize=(4, 4))
     for method in methods:
-        inside = sets["in-distribution"][method]
-        outside = np.concatenate([s[method] for k, s in sets.items() if k != "in-distribution"])
+        is_ood = torch.cat([s["label"] for s in sets.values()]) < 0
+        scores = torch.cat([s[method] for s in sets.values()])
+        inside, outside = scores[~is_ood], scores[is_ood]
         fpr, tpr, _ = roc_curve(np.r_[np.ones(len(inside)), np.zeros(len(outside))],
                                 np.r_[inside, outside])
         ax.plot(fpr, tpr, lw=1.2, label=method)
@@ -302,123 +451,242 @@ def judge_images(args):
                          "OOD" if ood[i] else "in-distribution"]))
     path = Path(args.run, "images.png")
     order = scores["cascade"].argsort()[:12].cpu()
-    draw_panel(path, [("your images, the most suspicious first", x[order], y[order])], detector,
+    draw_panel(path, [("your images, the most suspicious first", x[order], y[order].cpu())], detector,
                classes)
     print(f"{sum(ood)} of {len(files)} rejected; {path}")
 
 
-def gather_sets(args, settings, train):
-    """What to score: {set: (uint8 images, their names)}, "in-distribution" first, and the true labels
-    of the in-distribution images. Raises OSError or ValueError."""
-    if args.dev:
-        rows = torch.nonzero(train.held)[1::2, 0]  # the even ones chose C_b's checkpoint
-        sets = {"in-distribution": (train.x[rows], train.names[rows.cpu()])}
-        labels, unknown = train.y[rows], (train.unknown, train.unknown_names)
-    else:
-        test = Split(settings, "test", args.device)
-        sets, labels = {"in-distribution": (test.x, test.names)}, test.y
-        unknown = (test.unknown, test.unknown_names)
-    if len(unknown[0]):
-        sets["unknown"] = unknown
-    for name in args.ood:
-        key = "/".join(Path(name).parts[-2:])
-        if key in sets or key in ("mean", "std"):
-            raise ValueError(f"there is a set {key!r} already: rename a folder")
-        sets[key] = load_ood(name, settings["image_size"], settings["channels"])
-    return sets, labels
-
-
 def pick_blocks(sets, scored, threshold):
-    """For draw_panel: a fair sample of the in-distribution and the first OOD set, then their worst
-    mistakes."""
-    inside = scored["in-distribution"]
-    outside = next(name for name in scored if name != "in-distribution")
-    blocks = []
-    for name, title in (("in-distribution", "in-distribution"), (outside, f"OOD: {outside}")):
-        some = np.random.default_rng(0).permutation(len(scored[name]["prediction"]))[:10]
-        blocks.append((title, sets[name][0][some], scored[name]["prediction"][some]))
-    order = np.argsort(inside["cascade"])[:10]
-    order = order[inside["cascade"][order] < threshold]
-    blocks.append(("in-distribution, rejected", sets["in-distribution"][0][order],
-                   inside["prediction"][order]))
-    order = np.argsort(-scored[outside]["cascade"])[:10]
-    order = order[scored[outside]["cascade"][order] >= threshold]
-    blocks.append((f"OOD, accepted: {outside}", sets[outside][0][order],
-                   scored[outside]["prediction"][order]))
-    return blocks
+    """For draw_panel: a fair sample of every set (Figures 5 to 7), then the worst mistakes (8)."""
+    fair, worst = [], []
+    for name, (x, labels, _) in sets.items():
+        s, inside = scored[name], name == "in-distribution"
+        rows = torch.nonzero((labels >= 0) == inside)[:, 0].cpu()
+        some = rows[np.random.default_rng(0).permutation(len(rows))[:10]]
+        fair.append((name if inside else f"OOD: {name}", x[some], s["prediction"][some]))
+        order = rows[s["cascade"][rows].argsort(descending=not inside)[:10]]
+        order = order[(s["cascade"][order] < threshold) == inside]
+        worst.append((f"{name}, rejected" if inside else f"OOD, accepted: {name}", x[order],
+                      s["prediction"][order]))
+    return fair + worst
+
+
+# ---------------------------------------------------------------------------------------------
+# Cost (Table 13)
+
+
+def bench(args):
+    """Parameters, MACs by torch's counter and images per second of the paper's nets (ch = 32, 32 x 32
+    colour, 10 classes, untrained: the weights change no cost), and of a ResNet-18."""
+    from torchvision.models import vgg16
+    torch.manual_seed(0)
+    G, scorer = Generator(10).to(args.device).eval(), BinaryScorer(10).to(args.device).eval()
+    n = args.batch_size or 64
+    x, y = torch.rand(n, 3, 32, 32, device=args.device) * 2 - 1, torch.arange(n, device=args.device) % 10
+    z, pair = torch.randn(n, 128, device=args.device), torch.cat([x, x])
+    vgg = vgg16().features.to(args.device).eval()
+    resnet = make_classifier(10, 3, "small").to(args.device).eval()
+    parts = {"E": ([G.encoder], lambda: G.encoder(x)), "D": ([G.decoder], lambda: G.decoder(z, y)),
+             "C_b": ([scorer], lambda: scorer(x, x, y))}
+    for masks in (1, 2, 4, 8):
+        detector = MoodCat(G, {"cb": scorer}, masks=masks)
+        parts[f"E, D, C_b, {masks} mask{'s' * (masks > 1)}"] = (
+            [G, scorer], lambda detector=detector: detector.score(x, y))
+    parts["VGG16, under LPIPS or DISTS"] = [vgg], lambda: vgg(pair)
+    parts["classifier: ResNet-18"] = [resnet], lambda: resnet(x)
+    cost = {}
+    print(f"{'part':30s}{'M params':>10s}{'G MACs':>10s}{'images/s':>10s}    batch {n}, {args.device}, "
+          f"{torch.get_num_threads()} threads")
+    for name, (nets, work) in parts.items():
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            work()
+        times = []
+        while sum(times) < 2:
+            start = time.perf_counter()
+            with torch.no_grad():
+                work()
+            if x.is_cuda:
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        cost[name] = {"an image": dict(
+            params=sum(p.numel() for net in nets for p in net.parameters()) / 1e6,
+            macs=counter.get_total_flops() / 2e9 / n, rate=n / float(np.median(times)))}
+        print(f"{name:30s}" + "{params:10.3f}{macs:10.4f}{rate:10.1f}".format(**cost[name]["an image"]))
+    if args.out:
+        write_results(Path(args.out), dict(cost=cost, n=n, threads=torch.get_num_threads()), args)
+
+
+# ---------------------------------------------------------------------------------------------
+# The paper's tables (results/paper.json says which run measures which row)
+
+
+def gather_tables(folder, out):
+    """Fill every table of results/paper.json from the results.json files below `folder`: writes
+    out/tables.json and out/TABLES.md. A cell is at results[view][method][set][metric], each named by
+    the table, the row or the column. Raises OSError."""
+    tables = json.loads(Path(__file__).with_name("results").joinpath("paper.json").read_text())
+    used = {}
+    for table in tables:
+        for row in table["rows"]:
+            files = sorted(Path(folder).glob(f"{row['runs']}/results.json"))
+            row["runs"], row["ours"] = [str(f.parent.relative_to(folder)) for f in files], []
+            found = [json.loads(file.read_text()) for file in files]
+            for column in table["columns"]:
+                at = {**table, **row, **column}
+                row["ours"].append([r[at["view"]][at["method"]][at["set"]][at["metric"]] for r in found])
+            for run, r in zip(row["runs"], found):
+                used[run] = {k: v for k, v in r.items() if k not in (*LABELINGS, "subsets", "cost")}
+    if not used:
+        raise OSError(f"{folder} holds none of the runs that results/paper.json names")
+    Path(out).mkdir(parents=True, exist_ok=True)
+    write_text(Path(out, "tables.json"), json.dumps(dict(tables=tables, runs=used), indent=1) + "\n")
+    write_text(Path(out, "TABLES.md"), "\n".join(
+        f"## {table['title']}\n\n{table['note']}\n\n{render(table)}" for table in tables))
+    print(f"{out}/TABLES.md, {out}/tables.json: {len(used)} runs in {len(tables)} tables")
+
+
+def render(table):
+    """A gathered table as Markdown: ours as mean and, of several runs, ± standard deviation (ddof 1);
+    the paper's values beside it, where it has any."""
+    columns = table["columns"]
+    paper = any("paper" in row for row in table["rows"])
+    head = [table["of"], "runs", *(c["head"] for c in columns)] + paper * [
+        f"paper's {c['head']}" for c in columns]
+    lines = [head, ["---"] * len(head)]
+    for row in table["rows"]:
+        cells = []
+        for column, values in zip(columns, row["ours"]):
+            digits, scale = column.get("digits", 2), column.get("scale", 100)
+            values = scale * np.array(values)
+            cells.append("–" if not len(values) else f"{values.mean():.{digits}f}" + (
+                f" ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else ""))
+        theirs = row.get("paper") or [None] * len(columns)
+        cells += paper * [("–" if v is None else str(v)) for v in theirs]
+        lines.append([row["label"], str(len(row["runs"])), *cells])
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+# ---------------------------------------------------------------------------------------------
+
+
+def write_results(out, results, args):
+    """OUT/results.json: the numbers with their command, source revision, versions and device."""
+    results = dict(command=" ".join(["python evaluate.py", *args.argv]), **results,
+                   revision=source_revision(), versions=dict(
+                       python=platform.python_version(), torch=str(torch.__version__),
+                       torchvision=str(torchvision.__version__), sklearn=sklearn.__version__,
+                       numpy=np.__version__), device=str(args.device))
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / "results.json", json.dumps(results, indent=1) + "\n")
+
+
+def report(args, out, detector, settings, scored, steps, subsets, n_held):
+    """Tables from the scores, written to OUT/results.json and printed."""
+    own = [*detector.scorers, "cascade"]
+    methods = [m for m in ("MSP", "ODIN", "EBO", *own) if m in scored["in-distribution"]]
+    tables = {labeling: tabulate(scored, {m: m for m in (own if any(prefixes) else methods)}, labeling)
+              for labeling, prefixes in LABELINGS.items()}
+    threshold, shares = (detector.calibration[k] for k in ("threshold", "shares"))
+    side = {name: (s["label"] >= 0) == (name == "in-distribution") for name, s in scored.items()}
+    n = {name: int(rows.sum()) for name, rows in side.items()}
+    flagged = {name: (s["cascade"][side[name]] < threshold).double().mean().item()
+               for name, s in scored.items()}
+    results = dict(
+        split="dev" if args.dev else "test", settings=settings, steps=steps, n=n,
+        n_in_distribution_inside={k: len(s["label"]) - n[k] for k, s in scored.items()
+                                  if len(s["label"]) > n[k]},
+        n_held_out=n_held, classifier=args.classifier or "classifier.pt",
+        mask=dict(style=detector.mask_style, ratio=detector.mask_ratio, seed=detector.seed,
+                  masks=detector.masks), scorers=list(detector.scorers), shares=shares, tpr=TPR,
+        odin=dict(temperature=ODIN_TEMPERATURE, step=ODIN_STEP), flagged=flagged, **tables,
+        subsets=tabulate(scored, subsets, "predicted_labels"))
+    write_results(out, results, args)
+
+    print(f"\n{'DEVELOPMENT SPLIT, not for reporting. ' * args.dev}Predicted labels, y = C(x); "
+          f"percent; {', '.join(f'{k} {v}' for k, v in n.items())} images\n"
+          f"{format_table(tables['predicted_labels'])}")
+    print("\nThe same detector under three labelings, AUROC / FPR@TPR95: y = C(x); the authors' oracle "
+          "labels (the\ntruth for in-distribution, random for OOD images); the truth for "
+          "in-distribution, C(x) for OOD")
+    for method in own:
+        print(f"{method:15s}" + "".join("{auroc:12.2%} /{fpr95:7.2%}".format(**next(
+            row for name, row in reversed(table[method].items()) if name != "std"))
+            for table in tables.values()))
+    print(f"\nAt the threshold for {TPR:.0%} TPR on held-out images (shares "
+          f"{', '.join(f'{name} {s:.1f}' for name, s in shares.items())}), flagged as OOD: "
+          + ", ".join(f"{name} {share:.1%}" for name, share in flagged.items()))
+    print(f"{out}/results.json, scores.csv, detector.pt, panels.png, masks.png, histograms.png, roc.png")
 
 
 def main(argv=None):
     """Calibrate and save the detector, score every set, write and print the numbers."""
-    parser = Parser(__doc__)
-    parser.add_argument("--ood", nargs="+", default=[], metavar="SET",
-                        help="cifar10, cifar100, svhn, dtd or folders of images")
-    parser.add_argument("--scorers", nargs="+", metavar="NAME",
-                        help="cb lpips lpips-alex lpips-squeeze dists ssim [digits: cb ssim, "
-                             "otherwise cb lpips dists]")
-    parser.add_argument("--images", metavar="PATH", help="judge a picture or a folder of them")
-    parser.add_argument("--unknown-classes", nargs="+", metavar="CLASS",
-                        help="the classes of the OOD set 'unknown' [all that are not known]")
-    parser.add_argument("--dev", action="store_true",
-                        help="development numbers, for choosing settings: training images only")
+    parser = Parser(__doc__).masking()
+    add = parser.add_argument
+    add("--ood", nargs="+", default=[], metavar="SET",
+        help="cifar10, cifar100, svhn, dtd, cifar+10:0 to cifar+10:4, cifar+50 or folders of images")
+    add("--scood", metavar="ROOT", help="the SC-OOD benchmark: images/ and imglist/benchmark_*/")
+    add("--scorers", nargs="+", metavar="NAME",
+        help="cb cb_extra lpips lpips-alex lpips-squeeze dists ssim [digits: cb ssim, otherwise cb "
+             "lpips dists]")
+    add("--masks", type=int, help="average each score over so many masks [1]")
+    add("--classifier", metavar="FILE",
+        help="another classifier, a program or another run's classifier.pt; needs --out")
+    add("--out", metavar="FOLDER", help="for the results [RUN; --tables: results]")
+    add("--unknown-classes", nargs="+", metavar="CLASS",
+        help="the classes of the OOD set 'unknown' [all that are not known]")
+    add("--dev", action="store_true",
+        help="development numbers, for choosing settings: training images only")
+    add("--images", metavar="PATH", help="judge a picture or a folder of them")
+    add("--bench", action="store_true", help="the cost of the paper's nets on this machine")
+    add("--tables", metavar="FOLDER", help="fill the paper's tables from the runs below a folder")
     args = parser.parse_args(argv)
+    args.argv = sys.argv[1:] if argv is None else argv
     if args.images:
         return judge_images(args)
+    if args.bench:
+        return bench(args)
+    if args.tables:
+        return gather_tables(args.tables, args.out or "results")
+    if args.classifier and not args.out:
+        parser.error("--classifier needs --out: RUN/detector.pt belongs to RUN/classifier.pt")
+    out, batch = Path(args.out or args.run), args.batch_size or 256
+
+    # the nets, and everything fixed on held-out training images at y = C(x)
     G, settings, train = load_run(args)
-    classifier, _ = load_classifier(args.run, args.device, settings["classes"])
-    detector = calibrated_detector(args, G, classifier, settings, train)
-    detector.save(Path(args.run, "detector.pt"))
-    classes, threshold = settings["classes"], detector.calibration["threshold"]
-    trained = ["generator", "classifier"] + ["scorer"] * ("cb" in detector.scorers)
-    steps = {k: load_checkpoint(Path(args.run, f"{k}.pt"), k).get("step") for k in trained}
+    classes = settings["classes"]
+    classifier, _ = load_classifier(args.classifier or Path(args.run, "classifier.pt"), args.device,
+                                    classes)
+    scorers, steps = make_scorers(args.scorers or SCORERS[kind_of(settings["data"])], args.run,
+                                  settings, args.device)
+    detector = MoodCat(G, scorers, args.mask_ratio or settings["mask_ratio"],
+                       args.mask_style or settings["mask_style"], args.seed or 0, args.masks or 1)
+    sets = gather_sets(args, settings, train)
+    x, names = train.x[train.held], train.names[train.held.cpu()]
+    held = score_set(detector, classifier, x, train.y[train.held], "held-out", batch)
+    second = held["second"][::2]
+    wrong = dict(label=held["label"][::2], prediction=second, **{
+        k: s.cpu() for k, s in detector.score(to_float(x[::2]), second).items()})
 
-    sets, labels = gather_sets(args, settings, train)
-    if len(sets) == 1:
-        print(f"{args.run}/detector.pt is calibrated; for numbers, name OOD sets after --ood")
+    scored = {name: score_set(detector, classifier, x, labels, name, batch)
+              for name, (x, labels, _) in sets.items()} if len(sets) > 1 else {}
+    detector.calibration, subsets = add_cascades(scored, held, wrong, list(scorers))
+    detector.save(out / "detector.pt")
+    if not scored:
+        print(f"{out}/detector.pt is calibrated; for numbers, name OOD sets after --ood")
         return
+    report(args, out, detector, settings, scored, steps, subsets, len(names))
+    write_csv(out / "scores.csv", {**scored, **dict(zip(CALIBRATION, (held, wrong)))},
+              {**{k: s[2] for k, s in sets.items()}, **dict(zip(CALIBRATION, (names, names[::2])))},
+              classes)
 
-    random_labels = torch.Generator().manual_seed(0)
-    scored = {}
-    for name, (x, _) in sets.items():
-        oracle = labels if name == "in-distribution" else torch.randint(
-            len(classes), (len(x),), generator=random_labels)
-        scored[name] = score_set(detector, classifier, x, oracle, name, args.batch_size or 256)
-    inside = scored["in-distribution"]
-    accuracy = float((inside["prediction"] == labels.cpu().numpy()).mean())
-
-    own = [*detector.scorers, "cascade"]
-    methods = [m for m in ("MSP", "ODIN", "EBO", *own) if m in inside]
-    predicted = tabulate(scored, {m: m for m in methods}, accuracy)
-    oracle = tabulate(scored, {m: f"oracle {m}" for m in own}, accuracy)
-    flagged = {name: float((s["cascade"] < threshold).mean()) for name, s in scored.items()}
-    results = dict(
-        command=" ".join(["python evaluate.py", *(sys.argv[1:] if argv is None else argv)]),
-        split="dev" if args.dev else "test", settings=settings, mask_seed=args.seed or 0,
-        steps=steps,
-        scorers=list(detector.scorers), shares=detector.calibration["shares"], tpr=TPR,
-        n={name: len(s["prediction"]) for name, s in scored.items()}, n_held_out=int(train.held.sum()),
-        odin=dict(temperature=ODIN_TEMPERATURE, step=ODIN_STEP), predicted_labels=predicted,
-        oracle_labels=oracle, flagged=flagged, revision=source_revision(),
-        versions=dict(python=platform.python_version(), torch=str(torch.__version__),
-                      torchvision=str(torchvision.__version__), sklearn=sklearn.__version__,
-                      numpy=np.__version__), device=str(args.device))
-    run = Path(args.run)
-    write_text(run / "results.json", json.dumps(results, indent=1) + "\n")
-    write_csv(run / "scores.csv", scored, {k: v[1] for k, v in sets.items()}, classes, methods,
-              threshold)
-
-    draw_panel(run / "panels.png", pick_blocks(sets, scored, threshold), detector, classes)
-    draw_scores(run, scored, methods, threshold)
-
-    n = ", ".join(f"{name} {len(s['prediction'])}" for name, s in scored.items())
-    print(f"\n{'DEVELOPMENT SPLIT, not for reporting. ' * args.dev}Predicted labels, y = C(x); "
-          f"percent; {n} images\n{format_table(predicted)}")
-    print("\nThe authors' oracle labels: the truth for in-distribution, a random label for OOD images"
-          f"\n{format_table(oracle)}")
-    shares = ", ".join(f"{name} {s:.1f}" for name, s in detector.calibration["shares"].items())
-    print(f"\nAt the threshold for {TPR:.0%} TPR on held-out images (shares {shares}), flagged as OOD: "
-          + ", ".join(f"{name} {share:.1%}" for name, share in flagged.items()))
-    print(f"{run}/results.json, scores.csv, detector.pt, panels.png, histograms.png, roc.png")
+    threshold = detector.calibration["threshold"]
+    blocks = pick_blocks(sets, scored, threshold)
+    draw_panel(out / "panels.png", blocks, detector, classes)
+    strange, label = blocks[1][1][0], int(blocks[1][2][0])
+    alike = torch.nonzero(sets["in-distribution"][1] == label)[0, 0]
+    draw_masks(out / "masks.png", G, sets["in-distribution"][0][alike], strange, label, classes)
+    draw_scores(out, scored, [m for m in ("MSP", "ODIN", "EBO", *scorers, "cascade")
+                              if m in scored["in-distribution"]], threshold)
 
 
 if __name__ == "__main__":

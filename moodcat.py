@@ -488,15 +488,17 @@ class MoodCat:
 
     generator: a trained Generator; scorers: {name: scorer}, each a BinaryScorer, `ssim`, or a
     callable (x, x') -> distance (B,) such as LPIPS() and DISTS(). mask_ratio and mask_style go to
-    random_mask. The mask of an image depends on the seed and that image's pixels alone, so an image
-    gets the same score in any batch, order or process.
+    random_mask; a score is the mean over `masks` of them (the paper: 1). The masks of an image depend
+    on the seed and that image's pixels alone, so it gets the same score in any batch, order or process.
     """
 
-    def __init__(self, generator, scorers, mask_ratio=(0.1, 0.3), mask_style="random", seed=0):
+    def __init__(self, generator, scorers, mask_ratio=(0.1, 0.3), mask_style="random", seed=0,
+                 masks=1):
         if not scorers:
             raise ValueError("a detector needs at least one scorer")
         self.generator, self.scorers = generator, dict(scorers)
-        self.mask_ratio, self.mask_style, self.seed = mask_ratio, mask_style, seed
+        self.mask_ratio, self.mask_style = mask_ratio, mask_style
+        self.seed, self.masks = seed, masks
         self.device = next(generator.parameters()).device
         for net in (generator, *self.scorers.values()):
             if isinstance(net, nn.Module):
@@ -506,18 +508,20 @@ class MoodCat:
                 raise ValueError(f"C_b is for {net.settings}, the generator for {generator.settings}")
         self.calibration = None  # what calibrate() fixes
 
-    def mask(self, x):
-        """x (B, C, H, W) in [-1, 1] -> x_m, mask as random_mask, the same for an image every time."""
+    def mask(self, x, draw=0):
+        """x (B, C, H, W) in [-1, 1] -> x_m, mask as random_mask; an image's draw-th, the same every
+        time."""
         draws = []
         for image in ((x + 1) * 127.5).round().byte().cpu().numpy():
-            seed = zlib.crc32(image.tobytes(), self.seed)  # 8-bit pixels: equal on every device
+            # 8-bit pixels: equal on every device
+            seed = zlib.crc32(image.tobytes(), 1000 * self.seed + draw)
             draws.append(torch.rand(DRAWS, generator=torch.Generator().manual_seed(seed)))
         return _mask_by(torch.stack(draws), x, self.mask_ratio, self.mask_style)
 
     @torch.no_grad()
-    def synthesise(self, x, y):
-        """x (B, C, H, W) in [-1, 1], y (B,) -> x_m, x', both (B, C, H, W)."""
-        x_m, _ = self.mask(x)
+    def synthesise(self, x, y, draw=0):
+        """x (B, C, H, W) in [-1, 1], y (B,) -> x_m, x', both (B, C, H, W), with the draw-th mask."""
+        x_m, _ = self.mask(x, draw)
         return x_m, self.generator(x_m, y)[0]
 
     @torch.no_grad()
@@ -528,58 +532,41 @@ class MoodCat:
         distances negated and, once calibrated, "cascade" (float64). Raises ValueError for input of
         another kind.
         """
-        x, y = self._check(x, y)
-        chunk = 512 if x.is_cuda else 32  # on a CPU small chunks stay in the cache
-        scores = {name: [] for name in self.scorers}
-        for xs, ys in zip(x.split(chunk), y.split(chunk)):
-            _, x_fake = self.synthesise(xs, ys)
-            for name, scorer in self.scorers.items():
-                if isinstance(scorer, BinaryScorer):
-                    value = scorer(xs, x_fake, ys)
-                else:
-                    value = scorer(xs, x_fake) if scorer is ssim else -scorer(xs, x_fake)
-                scores[name].append(value)
-        scores = {name: torch.cat(values) for name, values in scores.items()}
+        scores = self._scores(*self._check(x, y))
         if self.calibration:
-            ranks = {name: _rank(scores[name], *self.calibration["ranks"][name]) for name in scores}
-            scores["cascade"] = _cascade(ranks, self.calibration["shares"]).to(x.device)
+            scores["cascade"] = cascade(scores, self.calibration).to(self.device)
         return scores
 
+    def _scores(self, x, y):
+        """score() of checked images, without the cascade."""
+        chunk = 512 if x.is_cuda else 32  # on a CPU small chunks stay in the cache
+        scores = {name: torch.zeros(len(x), device=x.device) for name in self.scorers}
+        for i in range(0, len(x), chunk):
+            part = slice(i, i + chunk)
+            for draw in range(self.masks):
+                _, x_fake = self.synthesise(x[part], y[part], draw)
+                for name, scorer in self.scorers.items():
+                    if isinstance(scorer, BinaryScorer):
+                        value = scorer(x[part], x_fake, y[part])
+                    else:
+                        value = scorer(x[part], x_fake) * (1 if scorer is ssim else -1)
+                    scores[name][part] += value / self.masks
+        return scores
+
+    @torch.no_grad()
     def calibrate(self, x, y, tpr=0.95, y_wrong=None):
-        """Fix ranks, shares and threshold on held-out in-distribution images, so that a share `tpr`
-        of fresh ones is accepted. Returns self.
+        """Fix the cascade on held-out in-distribution images (see fit_cascade). Returns self.
 
-        x (N, C, S, S), y (N,) = C(x), y_wrong (N,) the classifier's second guess. With y_wrong the
-        even images choose the scorers' shares of the rejection budget, right label against wrong,
-        and the odd ones fix ranks and threshold; without, the shares are equal and all images do.
+        x (N, C, S, S), y (N,) = C(x), y_wrong (N,) the classifier's second guess, or None.
         """
-        def score(x, y):  # without the cascade of an earlier calibration
-            scores = self.score(x, y)
-            return {name: scores[name].cpu().double() for name in self.scorers}
-
-        scores = score(x, y)
-        shares = {name: 1 / len(scores) for name in scores}
+        x, y = self._check(x, y)
+        wrong = None
         if y_wrong is not None:
-            y_wrong = torch.as_tensor(y_wrong).cpu()
-            if y_wrong.shape != (len(x),) or bool((y_wrong == torch.as_tensor(y).cpu()).any()):
-                raise ValueError("y_wrong must hold one label an image, another than y")
-            right = {name: s[0::2] for name, s in scores.items()}
-            wrong = score(x[0::2], y_wrong[0::2])
-            knots = {name: _knots(s) for name, s in right.items()}
-            right = {name: _rank(s, *knots[name]) for name, s in right.items()}
-            wrong = {name: _rank(s, *knots[name]) for name, s in wrong.items()}
-            shares = max(_all_shares(list(scores)),
-                         key=lambda w: auroc(_cascade(right, w), _cascade(wrong, w)))
-            scores = {name: s[1::2] for name, s in scores.items()}
-        n = len(next(iter(scores.values())))
-        # accepting down to the k-th largest of n accepts a fresh image with probability k / (n + 1)
-        k = math.ceil(tpr * (n + 1) - 1e-9)
-        if not 0 < tpr < 1 or k > n:
-            raise ValueError(f"{n} images cannot fix a threshold for a TPR of {tpr}: give more")
-        ranks = {name: _knots(s) for name, s in scores.items()}
-        cascade = _cascade({name: _rank(s, *ranks[name]) for name, s in scores.items()}, shares)
-        self.calibration = dict(ranks=ranks, shares=shares, tpr=tpr, n=n,
-                                threshold=cascade.sort(descending=True).values[k - 1].item())
+            _, y_wrong = self._check(x, y_wrong)
+            if bool((y_wrong == y).any()):
+                raise ValueError("y_wrong must hold another label than y")
+            wrong = self._scores(x[0::2], y_wrong[0::2])
+        self.calibration = fit_cascade(self._scores(x, y), wrong, tpr)
         return self
 
     def is_ood(self, x, y):
@@ -623,7 +610,8 @@ class MoodCat:
         save_checkpoint(path, dict(
             kind="detector", settings=self.generator.settings, scorers=scorers,
             weights=self.generator.state_dict(), calibration=self.calibration,
-            mask=dict(mask_ratio=self.mask_ratio, mask_style=self.mask_style, seed=self.seed)))
+            mask=dict(mask_ratio=self.mask_ratio, mask_style=self.mask_style, seed=self.seed,
+                      masks=self.masks)))
 
     @classmethod
     def load(cls, path, device="cpu"):
@@ -642,6 +630,43 @@ class MoodCat:
         detector = cls(generator.to(device), scorers, **saved["mask"])
         detector.calibration = saved["calibration"]
         return detector
+
+
+def fit_cascade(scores, wrong=None, tpr=0.95):
+    """Ranks, shares and threshold of the cascade, so that a share `tpr` of fresh in-distribution
+    images is accepted, as a dictionary for cascade().
+
+    scores {name: (N,)}: held-out in-distribution images under y = C(x); wrong {name: (N / 2,)}: the
+    even ones under the classifier's second guess. With `wrong` the even images choose the scorers'
+    shares of the rejection budget, right label against wrong, and the odd ones fix ranks and
+    threshold; without, the shares are equal and all images do. Raises ValueError for too few.
+    """
+    scores = {name: s.cpu().double() for name, s in scores.items()}
+    shares = {name: 1 / len(scores) for name in scores}
+    if wrong is not None:
+        right = {name: s[0::2] for name, s in scores.items()}
+        knots = {name: _knots(s) for name, s in right.items()}
+        right = {name: _rank(s, *knots[name]) for name, s in right.items()}
+        wrong = {name: _rank(wrong[name], *knots[name]) for name in scores}
+        shares = max(_all_shares(list(scores)),
+                     key=lambda w: auroc(_cascade(right, w), _cascade(wrong, w)))
+        scores = {name: s[1::2] for name, s in scores.items()}
+    n = len(next(iter(scores.values())))
+    # accepting down to the k-th largest of n accepts a fresh image with probability k / (n + 1)
+    k = math.ceil(tpr * (n + 1) - 1e-9)
+    if not 0 < tpr < 1 or k > n:
+        raise ValueError(f"{n} images cannot fix a threshold for a TPR of {tpr}: give more")
+    calibration = dict(ranks={name: _knots(s) for name, s in scores.items()}, shares=shares, tpr=tpr,
+                       n=n)
+    values = cascade(scores, calibration).sort(descending=True).values
+    return dict(calibration, threshold=values[k - 1].item())
+
+
+def cascade(scores, calibration):
+    """Scores {name: (B,)} -> the cascade's (B,) float64 (section 3.5), below
+    calibration["threshold"] for what it rejects; fit_cascade gives the calibration."""
+    return _cascade({name: _rank(scores[name], *knots)
+                     for name, knots in calibration["ranks"].items()}, calibration["shares"])
 
 
 def _knots(scores):

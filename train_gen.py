@@ -237,8 +237,10 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, argv=None):
         args = super().parse_args(argv)
         ratio = getattr(args, "mask_ratio", None)
-        if ratio and not (len(ratio) <= 2 and 0 <= ratio[0] <= ratio[-1] <= 1):
-            self.error("--mask-ratio takes one number in [0, 1] or two, the smaller first")
+        if ratio:
+            if not (len(ratio) <= 2 and 0 <= ratio[0] <= ratio[-1] <= 1):
+                self.error("--mask-ratio takes one number in [0, 1] or two, the smaller first")
+            args.mask_ratio = [ratio[0], ratio[-1]]
         for flag, value in vars(args).items():
             if type(value) in (int, float) and not (
                     0 < value < float("inf") or value == 0 and flag in ("seed", "kl_weight")):

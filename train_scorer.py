@@ -4,10 +4,12 @@
     python train_scorer.py --run runs/cifar10                    # its own ResNet-18, then C_b
     python train_scorer.py --run runs/mine --classifier mine.pt  # your classifier, then C_b
     python train_scorer.py --run runs/cifar10 --resume           # go on after an interruption
+    python train_scorer.py --run runs/cifar10 --extra FOLDER     # then a second C_b: unlabeled data
 
 --classifier takes a TorchScript or torch.export program, (B, C, S, S) in [-1, 1] to logits (B, K) in
 the order of the classes, for any batch size B. Such a file can run code: use only one you trust.
-Writes RUN/classifier.pt and RUN/scorer.pt and goes on with RUN/log.jsonl.
+Writes RUN/classifier.pt and RUN/scorer.pt (--extra: RUN/scorer_extra.pt alone) and goes on with
+RUN/log.jsonl.
 """
 
 import io
@@ -23,8 +25,8 @@ from torchvision.models import resnet18
 
 from moodcat import (BinaryScorer, Generator, auroc, hinge_loss, load_checkpoint, load_weights,
                      random_mask, save_checkpoint)
-from train_gen import (BATCH, BETAS, LOG_EVERY, Loop, Parser, Split, earlier, in_bf16,
-                       kind_of, run_script, to_float)
+from train_gen import (BATCH, BETAS, LOG_EVERY, Loop, Parser, Split, earlier, image_files, in_bf16,
+                       kind_of, read_files, run_script, to_float)
 
 # ---------------------------------------------------------------------------------------------
 # Settings
@@ -100,12 +102,15 @@ def load_program(blob, device):
     raise ValueError("the classifier is neither a TorchScript nor a torch.export file")
 
 
-def load_classifier(run, device, classes=None):
-    """RUN/classifier.pt -> callable, images (B, C, S, S) in [-1, 1] to logits (B, K), and its class
-    names, which must be `classes` where those are given. Raises OSError or ValueError."""
-    path = Path(run, "classifier.pt")
+def load_classifier(path, device, classes=None):
+    """A run's classifier.pt, or a program under any other name -> callable, images (B, C, S, S) in
+    [-1, 1] to logits (B, K), and its class names, which must be `classes` where those are given and
+    which a program lacks. Raises OSError or ValueError."""
+    path = Path(path)
     if not path.exists():
-        raise OSError(f"{path} does not exist: run train_scorer.py --run {run} first")
+        raise OSError(f"{path} does not exist: run train_scorer.py for a classifier.pt")
+    if path.name != "classifier.pt":
+        return load_program(path.read_bytes(), device), classes
     saved = load_checkpoint(path, "classifier", device)
     settings = saved["settings"]
     if classes and settings["classes"] != classes:
@@ -174,9 +179,11 @@ def pair_scores(G, scorer, x, y, mask):
     return torch.cat(scores)
 
 
-def train_scorer(args, settings, split, G, y_wrong, steps):
+def train_scorer(args, settings, split, G, y_wrong, steps, name="scorer", extra=None):
     """Eq. 2: (x, G(x, y), y) against (x, G(x, y'), y'), y' uniform over the labels that are not y.
-    y_wrong: a wrong label for each held-out image, to measure with. Writes RUN/scorer.pt."""
+    y_wrong: a wrong label for each held-out image, to measure with. extra (section 3.6): uint8 images
+    (M, C, S, S) without labels and their pseudo labels (M,), more of the second kind of pair: half of
+    each batch. Writes RUN/<name>.pt."""
     K = len(settings["classes"])
     torch.manual_seed(settings["seed"])
     scorer = BinaryScorer(K, settings["ch"], settings["channels"])
@@ -186,8 +193,7 @@ def train_scorer(args, settings, split, G, y_wrong, steps):
     x_all, y_all = split.x[~split.held], split.y[~split.held]
     # the even held-out images choose the checkpoint; evaluate.py sets its threshold on the odd ones
     x_check, y_check, wrong_check = split.x[split.held][::2], split.y[split.held][::2], y_wrong[::2]
-    loop = Loop(args, "scorer", settings, dict(scorer=scorer, opt=opt, best=best), steps,
-                args.minutes)
+    loop = Loop(args, name, settings, dict(scorer=scorer, opt=opt, best=best), steps, args.minutes)
     length = 1000 if steps == math.inf else steps
     check_every = max(1, length // CHECKS // LOG_EVERY) * LOG_EVERY  # with the log's steps
 
@@ -202,16 +208,23 @@ def train_scorer(args, settings, split, G, y_wrong, steps):
         return dict(pair_accuracy=accuracy, pair_auroc=auroc(right, wrong))
 
     synthesise, compare = (in_bf16(net, settings["bf16"]) for net in (G, scorer))
+    n_extra = settings["batch_size"] // 2 if extra else 0
+    n = settings["batch_size"] - n_extra
     for step in loop:
-        batch = torch.randint(len(x_all), (settings["batch_size"],)).to(args.device)
+        batch = torch.randint(len(x_all), (n,)).to(args.device)
         x, y = to_float(x_all[batch]), y_all[batch]
         y_not = wrong_labels(y, K)
         x_m, _ = random_mask(x, **mask)
+        x, x_m, y = torch.cat([x, x]), torch.cat([x_m, x_m]), torch.cat([y, y_not])
+        if extra:
+            batch = torch.randint(len(extra[0]), (n_extra,)).to(args.device)
+            x_more, pseudo = to_float(extra[0][batch]), extra[1][batch]
+            x, x_m = torch.cat([x, x_more]), torch.cat([x_m, random_mask(x_more, **mask)[0]])
+            y = torch.cat([y, wrong_labels(pseudo, K)])
         with torch.no_grad():  # G is frozen
-            x_right, x_not = synthesise(torch.cat([x_m, x_m]), torch.cat([y, y_not]))[0].chunk(2)
-        right, wrong = compare(torch.cat([x, x]), torch.cat([x_right, x_not]),
-                               torch.cat([y, y_not])).chunk(2)
-        loss = hinge_loss(right, wrong)
+            x_fake = synthesise(x_m, y)[0]
+        score = compare(x, x_fake, y)
+        loss = hinge_loss(score[:n], score[n:])
         opt.zero_grad()
         loss.backward()
         opt.step()
@@ -240,6 +253,7 @@ def load_run(args):
     if args.image_size not in (None, settings["image_size"]):
         raise ValueError(f"{path} was trained with --image-size {settings['image_size']}")
     settings.update(data=args.data or settings["data"], generator_id=fingerprint(saved["generator"]),
+                    generator_steps=saved["step"],
                     known=args.known_classes or settings["classes"],
                     unknown=getattr(args, "unknown_classes", None))
     split = Split(settings, "train", args.device)
@@ -267,24 +281,46 @@ def store_program(args, settings, split):
     return classifier
 
 
+def unlabeled(args, settings, split, classifier):
+    """--extra -> uint8 images (M, C, S, S) and their pseudo labels (M,), the classifier's predictions."""
+    if args.extra == "unknown":
+        x = split.unknown
+        if not len(x):
+            raise ValueError("every class of the data is known: --extra needs a folder")
+    else:
+        x = read_files(image_files(args.extra), settings["channels"], settings["image_size"])
+        x = x.to(args.device)
+    return x, predict(classifier, x, len(settings["classes"])).argmax(1)
+
+
 def main(argv=None):
-    """Settle the settings, then train the classifier, unless one is given, and C_b."""
+    """Settle the settings, then train the classifier, unless there is one, and C_b."""
     parser = Parser(__doc__).training()
-    parser.add_argument("--classifier", metavar="FILE", help="your own, instead of training one")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--classifier", metavar="FILE", help="your own, instead of training one")
+    source.add_argument("--extra", metavar="FOLDER",
+                        help="unlabeled images for a second C_b, its class folders ignored (section "
+                             "3.6); 'unknown': the training images of the --unknown-classes")
     parser.add_argument("--classifier-steps", type=int,
                         help="its length (--steps and --minutes are C_b's) [digits 150, else 45000]")
     parser.add_argument("--stem", choices=["small", "fast"],
                         help="of the ResNet-18: 3x3 with stride 1 or 2 [digits fast, otherwise small]")
+    parser.add_argument("--unknown-classes", nargs="+", metavar="CLASS",
+                        help="for --extra unknown [all that are not known]")
     args = parser.parse_args(argv)
     G, settings, split = load_run(args)
     kind, K = kind_of(settings["data"]), len(settings["classes"])
-    had = earlier(args, "scorer")
+    name = "scorer_extra" if args.extra else "scorer"
+    had = earlier(args, name)
     settings.update({k: had.get(k, default) if given is None else given for k, given, default in (
         ("seed", args.seed, settings["seed"]), ("bf16", args.bf16 or None, False),
-        ("batch_size", args.batch_size, BATCH[kind]))})
-    if not Path(args.run, "classifier.pt").exists():  # thresholds belong to a classifier
+        ("batch_size", args.batch_size, BATCH[kind]))}, extra=args.extra)
+    path = Path(args.run, "classifier.pt")
+    if not path.exists():  # thresholds belong to a classifier
         Path(args.run, "detector.pt").unlink(missing_ok=True)
-    if args.classifier:
+    if args.extra:
+        classifier, _ = load_classifier(path, args.device, settings["classes"])
+    elif args.classifier:
         classifier = store_program(args, settings, split)
     else:
         had = earlier(args, "classifier")
@@ -296,11 +332,14 @@ def main(argv=None):
     logits = predict(classifier, split.x[split.held], K)
     y_held = split.y[split.held]
     print(f"classifier: held-out accuracy {(logits.argmax(1) == y_held).float().mean():.4f}")
+    extra = unlabeled(args, settings, split, classifier) if args.extra else None
+    if extra:
+        print(f"{len(extra[0])} unlabeled images from {args.extra}")
 
     # the likeliest label that is wrong stands for the classifier's mistakes on OOD images
     y_wrong = logits.scatter(1, y_held[:, None], -math.inf).argmax(1)
     steps = args.steps or (math.inf if args.minutes else STEPS[kind])
-    train_scorer(args, settings, split, G, y_wrong, steps)
+    train_scorer(args, settings, split, G, y_wrong, steps, name, extra)
 
 
 if __name__ == "__main__":
