@@ -621,6 +621,7 @@ def test_evaluate_writes_numbers_that_agree(run):
     with open(run / "scores.csv") as file:
         rows = list(csv.DictReader(file))
     column = lambda name, which: [float(r[name]) for r in rows if r["set"] == which]
+    threshold = MoodCat.load(run / "detector.pt").calibration["threshold"]
     assert results["n"] == {k: len(column("cb", k)) for k in ("in-distribution", "unknown")}
     assert results["n"]["unknown"] == 238
     for method in ("MSP", "ODIN", "EBO", "cb", "ssim", "cascade"):
@@ -628,9 +629,10 @@ def test_evaluate_writes_numbers_that_agree(run):
         shown = results["predicted_labels"][method]["unknown"]
         assert all(abs(shown[k] - again[k]) < 1e-9 for k in again), method
     for name, share in results["flagged"].items():
-        assert np.mean(column("flagged", name)) == pytest.approx(share)
+        assert np.mean(np.array(column("cascade", name)) < threshold) == pytest.approx(share)
+    assert len(column("cb", "held-out")) == 2 * len(column("cb", "second guess")) == 180
     assert results["oracle_labels"]["cb"]["unknown"]["auroc"] > results["predicted_labels"]["cb"]["unknown"]["auroc"]
-    for picture in ("panels.png", "histograms.png", "roc.png", "samples_000150.png"):
+    for picture in ("panels.png", "masks.png", "histograms.png", "roc.png", "samples_000150.png"):
         assert (run / picture).stat().st_size > 1000
 
 
@@ -686,6 +688,11 @@ def test_a_folder_of_colour_images_and_an_own_classifier(folder, tmp_path, capsy
                         ("holds another classifier", tmp_path / "script.pt")):
         with pytest.raises(ValueError, match=words):
             train_scorer.main([*common, "--classifier", str(file), "--resume"])
+    train_scorer.main([*common, "--extra", str(folder / "ood"), "--steps", "3"])  # 8 unlabeled images
+    evaluate.main([*common, "--ood", str(folder / "ood"), "--scorers", "cb", "cb_extra", "ssim",
+                   "--classifier", str(tmp_path / "script.pt"), "--out", str(tmp_path / "other")])
+    results = json.loads((tmp_path / "other" / "results.json").read_text())
+    assert len(results["subsets"]) == 7 and results["steps"] == {"cb": 3, "cb_extra": 3}
 
 
 def weights_of(run, name):
@@ -844,9 +851,274 @@ def test_a_diverging_training_stops_and_keeps_the_good_checkpoint(tmp_path, monk
     assert (tmp_path / "generator.pt").read_bytes() == before
 
 
+# --- the paper's tables ------------------------------------------------------------------------
+
+def test_an_unconditional_generator_ignores_the_label(tmp_path):
+    G = Generator(5, ch=4, image_size=16, channels=1, conditional=False).eval()
+    x, y = images(6, 1, 16), torch.arange(6) % 5
+    right, wrong = G(x, y)[0], G(x, (y + 1) % 5)[0]
+    assert torch.equal(right, wrong)
+    label_free = BinaryScorer(1, ch=4, channels=1).eval()
+    with torch.no_grad():
+        right, wrong = (label_free(x, fake, y * 0) for fake in (right, wrong))
+    assert moodcat.auroc(right, wrong) == 0.5 and right.unique().numel() == 6
+    run = ["--run", str(tmp_path), *SMALL]
+    train_gen.main([*run, "--ch", "2", "--steps", "2", "--unconditional"])
+    saved = load_checkpoint(tmp_path / "generator.pt", "generator")
+    assert saved["discriminator"]["image_head.embed.parametrizations.weight.original"].shape[0] == 1
+    train_scorer.main([*run, "--steps", "2", "--classifier-steps", "2"])
+    evaluate.main(["--run", str(tmp_path), "--device", "cpu"])
+    detector = MoodCat.load(tmp_path / "detector.pt")
+    x, y = images(6, 1, 16), torch.arange(6)
+    assert torch.equal(detector.synthesise(x, y)[1], detector.synthesise(x, y.flip(0))[1])
+    cb, other = detector.score(x, y)["cb"], detector.score(x, y.flip(0))["cb"]
+    assert not torch.equal(cb, other)  # C_b keeps its own label
+
+
+def test_pseudo_labels_are_never_the_sampled_wrong_labels(run, folder, tmp_path, monkeypatch):
+    copy, plain, seen, masked, sides = tmp_path / "copy", train_scorer.wrong_labels, [], [], []
+    shutil.copytree(run, copy)
+
+    def spy(y, num_classes):
+        seen.append((y, plain(y, num_classes)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(train_scorer, "wrong_labels", spy)
+    monkeypatch.setattr(train_scorer, "random_mask", lambda x, *a, generator=None, **k: (
+        generator or masked.append(x), random_mask(x, *a, generator=generator, **k))[1])
+    monkeypatch.setattr(train_scorer, "hinge_loss", lambda right, wrong: (
+        sides.append((len(right), len(wrong))), hinge_loss(right, wrong))[1])
+    argv = ["--run", str(copy), *SMALL, "--steps", "12"]
+    train_scorer.main([*argv, "--extra", "unknown", "--unknown-classes", "6", "7"])
+    assert len(seen) == 24 and all(len(y) == 8 for y, _ in seen)  # half known, half unlabeled
+    assert all((y != wrong).all() for y, wrong in seen)
+    classifier, _ = train_scorer.load_classifier(copy / "classifier.pt", "cpu")
+    split = train_gen.Split(digits_settings(unknown=["6", "7"]), "train", "cpu")
+    pseudo = train_scorer.predict(classifier, split.unknown, 6).argmax(1)
+    label_of = {x.numpy().tobytes(): y for x, y in zip(train_gen.to_float(split.unknown), pseudo.tolist())}
+    for x, (y, _) in zip(masked[1::2], seen[1::2]):  # every other batch is the unlabeled half
+        assert [label_of[image.numpy().tobytes()] for image in x] == y.tolist()
+    assert [s for s in sides if s[0] == 8] == [(8, 16)] * 12  # three kinds of pairs, two negative
+    assert (copy / "scorer.pt").read_bytes() == (run / "scorer.pt").read_bytes()
+    fresh = tmp_path / "fresh"
+    fresh.mkdir()
+    shutil.copy(run / "generator.pt", fresh)
+    assert "run train_scorer.py" in complaint(
+        train_scorer.main, ["--run", str(fresh), "--extra", "unknown"])
+    assert "holds no images" in complaint(train_scorer.main, [*argv, "--extra", str(fresh)])
+
+
+def by_hand(inside, ood, oracle_inside):
+    """A set of scores for tabulate: (label, prediction, score) of each image."""
+    label, prediction, score = zip(*inside, *((-1, 0, s) for s in ood))
+    oracle = [*oracle_inside, *(s - 10 for s in ood)]
+    return {k: torch.tensor(v) for k, v in dict(
+        label=label, prediction=prediction, cb=score, **{"oracle cb": oracle}).items()}
+
+
+def test_a_scood_table_by_hand():
+    test = by_hand([(0, 0, 5.0), (1, 1, 4.0), (1, 0, 1.0)], [], [5.0, 4.0, 3.5])
+    mixed = by_hand([(1, 1, 3.0), (0, 1, 2.0)], [0.0, 2.5], [3.0, 3.2])
+    pure = by_hand([], [0.5, 6.0, 7.0], [])
+    scored = {"in-distribution": test, "mixed": mixed, "pure": pure}
+    rows = evaluate.tabulate(scored, {"cb": "cb"}, "predicted_labels")["cb"]
+    # 5 4 3 2 1 against 2.5 0: 5 + 3 of 10 pairs; 5 4 1 against 7 6 0.5: 3 of 9
+    assert rows["mixed"]["auroc"] == pytest.approx(8 / 10) and rows["pure"]["auroc"] == pytest.approx(3 / 9)
+    # k = floor(0.95 n): the threshold is the 4th of 5, 2, and the 2nd of 3, 4
+    assert rows["mixed"]["fpr95"] == 1 / 2 and rows["pure"]["fpr95"] == pytest.approx(2 / 3)
+    assert rows["mixed"]["accuracy"] == pytest.approx(3 / 5) and rows["pure"]["accuracy"] == pytest.approx(2 / 3)
+    assert rows["mean"]["auroc"] == pytest.approx((8 / 10 + 3 / 9) / 2)
+    assert rows["std"]["auroc"] == pytest.approx((8 / 10 - 3 / 9) / 2**0.5)
+    auroc = lambda labeling: evaluate.tabulate(scored, {"cb": "cb"}, labeling)["cb"]["mixed"]["auroc"]
+    assert auroc("oracle_labels") == 1  # OOD scores 10 lower
+    assert auroc("true_in_distribution") == 1  # 5 4 3.5 3 3.2 against 2.5 0
+
+
+@pytest.fixture
+def scood(tmp_path):
+    """A small benchmark of digits 0 to 5 (known) and 6 to 9, three images of 1 in the OOD list."""
+    from sklearn.datasets import load_digits
+    digits, root = load_digits(), tmp_path / "scood"
+    folder = root / "imglist" / "benchmark_digits"
+    folder.mkdir(parents=True)
+    for name, wanted, label in (("odd", [7, 9, 1], [-1, -1, 1]), ("even", [6, 8], [-1, -1]),
+                                ("digits", [0, 2], [0, 2])):
+        lines = []
+        for c, sc_label in zip(wanted, label):
+            for i in np.flatnonzero(digits.target == c)[:3 if c == 1 else 20]:
+                file = root / "images" / f"set {name}" / f"{i}.png"  # a path with a space
+                file.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray((digits.images[i] * 255 / 16).astype(np.uint8)).save(file)
+                lines.append(f"set {name}/{i}.png " + json.dumps(
+                    dict(label=-1, sc_label=sc_label, full_label=c)))
+        (folder / f"test_{name}.txt").write_text("\n".join(lines) + "\n")
+    return root
+
+
+def test_evaluate_on_a_scood_tree(run, scood, tmp_path, capsys):
+    out = tmp_path / "out"
+    argv = ["--run", str(run), "--device", "cpu", "--scood", str(scood), "--out", str(out)]
+    evaluate.main(argv)
+    printed = capsys.readouterr().out
+    assert "test_digits.txt lists no OOD image" in printed and "mean" in printed
+    results = json.loads((out / "results.json").read_text())
+    assert results["n"] == {"in-distribution": 361, "unknown": 238, "odd": 40, "even": 40}
+    assert results["n_in_distribution_inside"] == {"odd": 3}
+    with open(out / "scores.csv") as file:
+        rows = list(csv.DictReader(file))
+    odd = [r for r in rows if r["set"] == "odd"]
+    inside = [r for r in rows if r["set"] == "in-distribution"] + [r for r in odd if r["label"] != "OOD"]
+    assert {r["label"] for r in odd} == {"OOD", "1"} and len(inside) == 364
+    values = lambda rows: [float(r["cb"]) for r in rows]
+    expected = ood_metrics(values(inside), values([r for r in odd if r["label"] == "OOD"]))
+    shown = results["predicted_labels"]["cb"]["odd"]
+    assert all(shown[k] == pytest.approx(v) for k, v in expected.items())
+    assert shown["accuracy"] == pytest.approx(np.mean([r["label"] == r["prediction"] for r in inside]))
+    lists = scood / "imglist" / "benchmark_digits" / "test_odd.txt"
+    good = lists.read_text()
+    for words, bad in (("test_odd.txt, line 44: ", good + "odd/3.png\n"),
+                       ("line 44: .*sc_label", good + 'a.png {"label": 3}\n'),
+                       ("line 44: sc_label 6 is not in -1 to 5", good + 'a.png {"sc_label": 6}\n'),
+                       ("1 of 44 images cannot be read.*nowhere.png", good + 'nowhere.png {"sc_label": -1}\n')):
+        lists.write_text(bad)
+        assert re.search(words, complaint(evaluate.main, argv)), words
+    assert "must hold images/ and lists" in complaint(
+        evaluate.main, [*argv[:-4], "--scood", str(tmp_path)])
+
+
+def test_subsets_of_scorers_score_as_each_subset_alone(run, tmp_path):
+    common = ["--run", str(run), "--device", "cpu", "--out"]
+    evaluate.main([*common, str(tmp_path / "all")])
+    results = lambda name: json.loads((tmp_path / name / "results.json").read_text())
+    subsets = results("all")["subsets"]
+    assert list(subsets) == ["cb", "ssim", "cb+ssim"]
+    assert subsets["cb+ssim"] == results("all")["predicted_labels"]["cascade"]
+    for name in ("cb", "ssim"):
+        evaluate.main([*common, str(tmp_path / name), "--scorers", name])
+        alone = results(name)["predicted_labels"]
+        assert subsets[name] == alone[name]
+        assert alone["cascade"]["unknown"]["auroc"] == pytest.approx(alone[name]["unknown"]["auroc"])
+    held = {k: torch.randn(60) for k in "abc"}
+    wrong = {k: torch.randn(30) - 1 for k in "abc"}
+    scored = dict(some={p + k: torch.randn(20) for p in ("", "oracle ") for k in "abc"})
+    evaluate.add_cascades(scored, held, wrong, list("abc"))
+    two = dict(some={p + k: scored["some"][p + k] for p in ("", "oracle ") for k in "ac"})
+    evaluate.add_cascades(two, {k: held[k] for k in "ac"}, {k: wrong[k] for k in "ac"}, list("ac"))
+    assert torch.equal(scored["some"]["a+c"], two["some"]["cascade"])
+    assert torch.equal(scored["some"]["oracle a+c"], two["some"]["oracle cascade"])
+
+
+def test_the_saved_detector_scores_as_the_table(run):
+    with open(run / "scores.csv") as file:
+        rows = [r for r in csv.DictReader(file) if r["set"] == "unknown"]
+    x = train_gen.to_float(train_gen.Split(digits_settings(), "test", "cpu").unknown)
+    scores = MoodCat.load(run / "detector.pt").score(x, torch.tensor([int(r["prediction"]) for r in rows]))
+    for name, value in scores.items():
+        assert torch.allclose(value.double(), torch.tensor([float(r[name]) for r in rows]).double(), atol=1e-3)
+
+
+def test_masks_are_averaged(run, tmp_path):
+    detector = MoodCat.load(run / "detector.pt")
+    x, y = images(5, 1, 16), torch.arange(5)
+    four = MoodCat(detector.generator, detector.scorers, masks=4)
+    singles = []
+    for draw in range(4):
+        x_fake = detector.synthesise(x, y, draw)[1]
+        singles.append(dict(cb=detector.scorers["cb"](x, x_fake, y), ssim=ssim(x, x_fake)))
+    for name, value in four.score(x, y).items():
+        assert torch.allclose(value, torch.stack([s[name] for s in singles]).mean(0), atol=1e-5)
+    assert not torch.allclose(singles[0]["cb"], singles[1]["cb"], atol=1e-3)  # other masks
+    evaluate.main(["--run", str(run), "--device", "cpu", "--masks", "2", "--mask-style", "fixed",
+                   "--mask-ratio", "0.1", "--out", str(tmp_path)])
+    loaded = MoodCat.load(tmp_path / "detector.pt")
+    assert (loaded.masks, loaded.mask_style, loaded.mask_ratio) == (2, "fixed", [0.1, 0.1])
+
+
+def test_masking_of_the_training_reaches_scorer_and_evaluation(tmp_path, monkeypatch):
+    seen, plain = [], moodcat.random_mask
+    for module in (train_gen, train_scorer):
+        monkeypatch.setattr(module, "random_mask", lambda x, ratio, style, generator=None: seen.append(
+            (style, tuple(ratio))) or plain(x, ratio, style, generator))
+    run = ["--run", str(tmp_path), *SMALL]
+    train_gen.main([*run, "--ch", "2", "--steps", "2", "--mask-style", "patch", "--mask-ratio", "0.3"])
+    train_scorer.main([*run, "--steps", "2", "--classifier-steps", "2"])
+    assert set(seen) == {("patch", (0.3, 0.3))}
+    evaluate.main(["--run", str(tmp_path), "--device", "cpu"])
+    assert MoodCat.load(tmp_path / "detector.pt").mask_style == "patch"
+
+
+def test_another_classifier_needs_no_training(run, tmp_path, capsys):
+    other, argv = tmp_path / "linear.pt", ["--run", str(run), "--device", "cpu"]
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(256, 6))
+    torch.jit.script(net).save(str(other))
+    assert "--classifier needs --out" in complaint(evaluate.main, [*argv, "--classifier", str(other)])
+    files = [run / f"{name}.pt" for name in ("generator", "classifier", "scorer", "detector")]
+    before = [f.read_bytes() for f in files]
+    evaluate.main([*argv, "--classifier", str(other), "--out", str(tmp_path / "out")])
+    assert before == [f.read_bytes() for f in files]
+    ours, theirs = (MoodCat.load(folder / "detector.pt") for folder in (run, tmp_path / "out"))
+    assert ours.calibration["threshold"] != theirs.calibration["threshold"]
+    assert same(ours.generator.state_dict(), theirs.generator.state_dict())
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["predicted_labels"]["cb"]["unknown"]["accuracy"] < 0.5  # untrained
+    evaluate.main([*argv, "--classifier", str(run / "classifier.pt"), "--out", str(tmp_path / "same")])
+    same_again, first = (json.loads((f / "results.json").read_text()) for f in (tmp_path / "same", run))
+    assert same_again["predicted_labels"] == first["predicted_labels"]
+
+
+def test_open_set_splits_are_disjoint_and_reproducible():
+    assert len(set(evaluate.ANIMALS)) == 50
+    assert not set(evaluate.ANIMALS) & {"bus", "pickup_truck", "train", "tank", "rose", "oak_tree"}
+    tens = [evaluate.animals(f"cifar+10:{i}") for i in range(5)]
+    assert tens == [evaluate.animals(f"cifar+10:{i}") for i in range(5)]
+    assert all(len(set(ten)) == 10 and set(ten) < set(evaluate.animals("cifar+50")) for ten in tens)
+    assert len({tuple(ten) for ten in tens}) == 5
+    with pytest.raises(ValueError, match="cifar.10:0 to"):
+        evaluate.animals("cifar+10")
+    known = re.findall(r'"(\d \d \d \d \d \d)"', (HERE / "README.md").read_text())
+    assert len(set(known)) == 5
+    for split in known:
+        for part in ("train", "test"):
+            a, b = (train_gen.Split(digits_settings(known=split.split()), part, "cpu") for _ in range(2))
+            assert a.classes == split.split() and set(a.names) == set(b.names)
+            assert not set(a.names) & set(a.unknown_names)
+            total = len(a.names) + len(a.unknown_names)
+            assert total == (599 if part == "test" else 1198)
+
+
+def test_bench_counts_what_the_paper_counts(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(evaluate, "BENCH_SECONDS", 0)
+    evaluate.main(["--bench", "--batch-size", "2", "--device", "cpu", "--out", str(tmp_path)])
+    cost = {k: v["an image"] for k, v in json.loads((tmp_path / "results.json").read_text())["cost"].items()}
+    basic = cost["E, D, C_b, 1 mask"]
+    assert abs(basic["params"] / 4.552 - 1) < 0.01  # Table 13
+    assert abs(basic["macs"] / 0.3745 - 1) < 0.05  # torch's count of the authors' nets; they print 0.408
+    parts = [cost[k] for k in ("E", "D", "C_b")]
+    assert sum(p["macs"] for p in parts) == pytest.approx(basic["macs"])
+    assert cost["E, D, C_b, 4 masks"]["macs"] == pytest.approx(4 * basic["macs"])
+    assert abs(cost["classifier: ResNet-18"]["macs"] / 0.556 - 1) < 0.01
+    vgg = cost["VGG16, under LPIPS or DISTS"]
+    assert abs(vgg["params"] / 14.715 - 1) < 0.001 and abs(vgg["macs"] / 0.630 - 1) < 0.01
+    assert all(c["rate"] > 0 for c in cost.values()) and "ResNet-18" in capsys.readouterr().out
+
+
+def test_tables_gather_runs(run, tmp_path, capsys):
+    for seed in "01":
+        (tmp_path / "runs" / "digits" / f"base-{seed}").mkdir(parents=True)
+        results = json.loads((run / "results.json").read_text())
+        results["predicted_labels"]["cascade"]["unknown"]["auroc"] = 0.9 + int(seed) / 50
+        (tmp_path / "runs" / "digits" / f"base-{seed}" / "results.json").write_text(json.dumps(results))
+    evaluate.main(["--tables", str(tmp_path / "runs"), "--out", str(tmp_path)])
+    text = (tmp_path / "TABLES.md").read_text()
+    assert re.search(r"\| cascade \| 2 \| .*\| 91.00 ± 1.41 \|", text)
+    assert re.search(r"\| Mean \| 0 \|( – \|)+ 38.83 \| 91.39 \|", text)  # of Table 1, no run here
+    assert "holds none of the runs" in complaint(
+        evaluate.main, ["--tables", str(tmp_path / "empty"), "--out", str(tmp_path)])
+
+
 # --- what a user can get wrong -----------------------------------------------------------------
 
-def complaint(main, argv, capsys):
+def complaint(main, argv):
     """The one line that main(argv) ends in."""
     with pytest.raises(SystemExit) as stop:
         train_gen.run_script(lambda: main(argv))
@@ -867,7 +1139,7 @@ def test_mistakes_end_in_one_line(run, folder, tmp_path, capsys):
         (broken / "train" / name).mkdir(parents=True)
         Image.new("RGB", (16, 16)).save(broken / "train" / name / "fine.png")
     few = str(broken)
-    assert "40 are the least" in complaint(gen, [*new, "--data", few], capsys)
+    assert "40 are the least" in complaint(gen, [*new, "--data", few])
     (broken / "train" / "b" / "zero.png").touch()
     for words, main, argv in (
             ("nowhere/train does not exist", gen, [*new, "--data", "nowhere"]),
@@ -891,7 +1163,7 @@ def test_mistakes_end_in_one_line(run, folder, tmp_path, capsys):
             ("holds no images", eva, [*old, "--images", str(one)]),
             ("no_such.png does not exist", eva, [*old, "--images", "no_such.png"]),
             ("run evaluate.py", eva, [*new, "--images", str(folder)])):
-        assert words in complaint(main, argv, capsys), argv
+        assert words in complaint(main, argv), argv
 
 
 def test_checkpoints_of_another_run_are_refused(run, tmp_path, capsys):
@@ -900,17 +1172,17 @@ def test_checkpoints_of_another_run_are_refused(run, tmp_path, capsys):
     train_gen.main([*argv, "--known-classes", "7", "8", "9", "--steps", "2"])
     copy = lambda name: (other / f"{name}.pt").write_bytes((run / f"{name}.pt").read_bytes())
     copy("classifier")
-    assert "was trained on the classes 0, 1" in complaint(evaluate.main, argv, capsys)
+    assert "was trained on the classes 0, 1" in complaint(evaluate.main, argv)
     (other / "classifier.pt").unlink()
     train_scorer.main([*argv, "--classifier-steps", "2", "--steps", "2"])
     copy("scorer")
-    assert "other classes and generator_id" in complaint(evaluate.main, argv, capsys)
+    assert "other classes and generator_id" in complaint(evaluate.main, argv)
     copy("generator")  # ... of six classes, with this run's classifier of three
-    assert "not 0, 1, 2, 3, 4, 5" in complaint(evaluate.main, argv, capsys)
+    assert "not 0, 1, 2, 3, 4, 5" in complaint(evaluate.main, argv)
     (other / "generator.pt").write_bytes((run / "scorer.pt").read_bytes())
-    assert "holds a scorer, not a generator" in complaint(evaluate.main, argv, capsys)
+    assert "holds a scorer, not a generator" in complaint(evaluate.main, argv)
     (other / "generator.pt").write_bytes((run / "generator.pt").read_bytes()[:5000])
-    assert "damaged" in complaint(evaluate.main, argv, capsys)
+    assert "damaged" in complaint(evaluate.main, argv)
     wide = Generator(6, ch=4, image_size=16, channels=1)
     with pytest.raises(ValueError, match="x.pt holds a Generator of another width"):
         moodcat.load_weights(wide, Generator(6, ch=2, image_size=16, channels=1).state_dict(), "x.pt")
@@ -921,25 +1193,23 @@ def test_checkpoints_of_another_run_are_refused(run, tmp_path, capsys):
 HERE = Path(__file__).parent
 
 
-def shown(values):
-    """Fractions as the README prints them: percent, mean and, of several seeds, ± std (ddof 1)."""
-    values = 100 * np.array(values)
-    return f"{values.mean():.2f}" + (f" ± {values.std(ddof=1):.2f}" if len(values) > 1 else "")
-
-
 def test_the_readme_shows_what_was_measured():
-    tables = re.findall(r"<!-- (\S+) (\w+) -->\n((?:\|.*\n)+)", (HERE / "README.md").read_text())
-    assert len(tables) >= 4
-    columns = ["fpr95", "auroc", "aupr_in", "aupr_out", "accuracy"]
-    for files, key, table in tables:
-        results = [json.loads(p.read_text()) for p in sorted(HERE.glob(files))]
-        rows = [[c.strip() for c in line.strip("|\n ").split("|")] for line in table.splitlines()[2:]]
-        assert results and rows, files
-        for name, *cells in rows:
-            if key == "kl_sweep":
-                assert cells == [shown(results[0]["auroc"][name][m]) for m in ("cb", "ssim", "cascade")]
-            else:
-                values = [r[key][name] for r in results]
-                assert cells[1:] == [shown([v[cells[0]][c] for v in values]) for c in columns], name
-        if key == "predicted_labels":  # every method that was measured is shown
-            assert len(rows) == sum(len(sets) for sets in results[0][key].values())
+    tables = json.loads((HERE / "results" / "tables.json").read_text())["tables"]
+    text, readme = ((HERE / name).read_text() for name in ("results/TABLES.md", "README.md"))
+    for table in tables:
+        assert f"## {table['title']}\n\n{table['note']}\n\n{evaluate.render(table)}" in text
+    shown = re.findall(r"<!-- (.+) -->\n((?:\|.*\n)+)", readme)
+    assert len(shown) >= 3 and len(re.findall(r"^\| ---", readme, re.M)) == len(shown) + 2
+    for title, rows in shown:
+        assert rows == evaluate.render(next(t for t in tables if t["title"] == title)), title
+
+
+def test_no_number_of_the_tables_lacks_its_run():
+    saved = json.loads((HERE / "results" / "tables.json").read_text())
+    for table in saved["tables"]:
+        for row in table["rows"]:
+            assert len(row["ours"]) == len(table["columns"])
+            assert all(len(values) == len(row["runs"]) for values in row["ours"])
+            for run in row["runs"]:
+                assert saved["runs"][run]["command"].startswith("python evaluate.py")
+                assert "n" in saved["runs"][run] and "revision" in saved["runs"][run]
