@@ -1066,7 +1066,7 @@ def test_another_classifier_needs_no_training(run, tmp_path, capsys):
     assert same_again["predicted_labels"] == first["predicted_labels"]
 
 
-def test_open_set_splits_are_disjoint_and_reproducible():
+def test_open_set_splits_are_disjoint_and_reproducible(monkeypatch):
     assert len(set(evaluate.ANIMALS)) == 50
     assert not set(evaluate.ANIMALS) & {"bus", "pickup_truck", "train", "tank", "rose", "oak_tree"}
     tens = [evaluate.animals(f"cifar+10:{i}") for i in range(5)]
@@ -1075,6 +1075,16 @@ def test_open_set_splits_are_disjoint_and_reproducible():
     assert len({tuple(ten) for ten in tens}) == 5
     with pytest.raises(ValueError, match="cifar.10:0 to"):
         evaluate.animals("cifar+10")
+
+    class Cifar100(list):  # an image of each class, its index in the pixels
+        class_to_idx = {name: i for i, name in enumerate(sorted([*evaluate.ANIMALS, "bus", "oak_tree"]))}
+
+    images = Cifar100((Image.new("RGB", (32, 32), (i, i, i)), i) for i in range(52))
+    monkeypatch.setattr(evaluate, "download", lambda *a, **k: images)
+    for name in ("cifar+50", "cifar+10:3"):
+        x, names = evaluate.load_ood(name, 32, 3)
+        wanted = {images.class_to_idx[c] for c in evaluate.animals(name)}
+        assert set(x[:, 0, 0, 0].tolist()) == wanted and len(names) == len(wanted)
     known = re.findall(r'"(\d \d \d \d \d \d)"', (HERE / "README.md").read_text())
     assert len(set(known)) == 5
     for split in known:
@@ -1111,7 +1121,7 @@ def test_tables_gather_runs(run, tmp_path, capsys):
     evaluate.main(["--tables", str(tmp_path / "runs"), "--out", str(tmp_path)])
     text = (tmp_path / "TABLES.md").read_text()
     assert re.search(r"\| cascade \| 2 \| .*\| 91.00 ± 1.41 \|", text)
-    assert re.search(r"\| Mean \| 0 \|( – \|)+ 38.83 \| 91.39 \|", text)  # of Table 1, no run here
+    assert re.search(r"\| cascade, Mean \| 0 \|( – \|)+ 38.83 \| 91.39 \|", text)  # no run here
     assert "holds none of the runs" in complaint(
         evaluate.main, ["--tables", str(tmp_path / "empty"), "--out", str(tmp_path)])
 
