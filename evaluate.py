@@ -26,18 +26,16 @@ import shutil
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-import sklearn
 import torch
-import torchvision
-from sklearn.metrics import auc, precision_recall_curve, roc_auc_score, roc_curve
-from torch.utils.flop_counter import FlopCounterMode
+import torch.distributed as dist
 
 from moodcat import (DISTS, LPIPS, BinaryScorer, Generator, MoodCat, cascade, fit_cascade,
                      load_checkpoint, load_weights, random_mask, ssim)
-from train_gen import (MASK_RATIO, Parser, Split, download, fit_image, image_files, kind_of,
+from train_gen import (MASK_RATIO, RANK, WORLD, Parser, Split, download, fit_image, image_files, kind_of,
                        read_files, run_script, to_float, write_text)
 from train_scorer import load_classifier, load_run, make_classifier, predict
 
@@ -67,6 +65,7 @@ def ood_metrics(id_scores, ood_scores):
     in-distribution score, k = floor(0.95 N), and a score at it is accepted, so that a constant score
     has an FPR of 1. AUPR is the trapezoid under the precision-recall curve. Raises ValueError for
     empty or non-finite scores."""
+    from sklearn.metrics import auc, precision_recall_curve, roc_auc_score
     id_scores, ood_scores = (np.asarray(s, dtype=np.float64).ravel() for s in (id_scores, ood_scores))
     scores = np.concatenate([id_scores, ood_scores])
     if not len(id_scores) or not len(ood_scores) or not np.isfinite(scores).all():
@@ -237,25 +236,37 @@ def gather_sets(args, settings, train):
 def score_set(detector, classifier, x, labels, title, batch):
     """Everything about one set of uint8 images x (N, C, S, S) with labels (N,), -1 = OOD: label,
     prediction and second guess, each method's score under y = C(x), and each scorer's under the
-    oracle label (the truth, random for OOD): {column: (N,)} on the CPU."""
-    parts, start, labels = [], time.time(), labels.cpu()
+    oracle label (the truth, random for OOD): {column: (N,)} on the CPU. Of several processes each
+    scores its share."""
+    labels = labels.cpu()
     K = detector.generator.settings["num_classes"]
     random = torch.randint(K, labels.shape, generator=torch.Generator().manual_seed(0))
     oracle = torch.where(labels >= 0, labels, random)
-    for i in range(0, len(x), batch):
-        chunk, y = x[i:i + batch].to(detector.device), oracle[i:i + batch]
+    rows = torch.arange(max(len(x), WORLD)).fmod(len(x))[RANK::WORLD]
+    parts, start = [], time.time()
+    for i in range(0, len(rows), batch):
+        own = rows[i:i + batch]
+        chunk, y = x[own.to(x.device)].to(detector.device), oracle[own]
         images, logits = to_float(chunk), predict(classifier, chunk, K)
         guesses = logits.topk(2).indices
         part = dict(prediction=guesses[:, 0], second=guesses[:, 1],
                     **baselines(classifier, images, logits), **detector.score(images, guesses[:, 0]))
         part.update({f"oracle {name}": s for name, s in detector.score(images, y).items()})
         parts.append({k: v.detach().cpu() for k, v in part.items()})
-        done, spent = i + len(chunk), time.time() - start
-        if sys.stderr.isatty() or done == len(x):
+        done, spent = min(WORLD * (i + len(own)), len(x)), time.time() - start
+        if RANK == 0 and (sys.stderr.isatty() or done == len(x)):
             print(f"{chr(13) if sys.stderr.isatty() else ''}{title} {done}/{len(x)} images "
                   f"{done / spent:.0f}/s {(len(x) - done) * spent / done / 60:.1f} min left",
                   end="\n" if done == len(x) else "", file=sys.stderr, flush=True)
-    return dict(label=labels, **{k: torch.cat([part[k] for part in parts]) for k in parts[0]})
+    scores = {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
+    if WORLD > 1:
+        shares = [None] * WORLD
+        dist.all_gather_object(shares, scores)
+        for k, merged in scores.items():
+            scores[k] = merged.new_empty(max(len(x), WORLD))
+            for rank, share in enumerate(shares):
+                scores[k][rank::WORLD] = share[k]
+    return dict(label=labels, **{k: s[:len(x)] for k, s in scores.items()})
 
 
 def add_cascades(scored, held, wrong, names):
@@ -398,6 +409,7 @@ def draw_masks(path, G, inside, outside, y, classes):
 
 def draw_scores(run, sets, methods, threshold):
     """Histograms of each method's score by set, and ROC curves of all OOD sets together."""
+    from sklearn.metrics import roc_curve
     plt = pyplot()
     fig, axes = plt.subplots(1, len(methods), figsize=(2.8 * len(methods), 2.6))
     for ax, method in zip(axes, methods):
@@ -574,9 +586,9 @@ def write_results(out, results, args):
     """OUT/results.json: the numbers with their command, source revision, versions and device."""
     results = dict(command=" ".join(["python evaluate.py", *args.argv]), **results,
                    revision=source_revision(), versions=dict(
-                       python=platform.python_version(), torch=str(torch.__version__),
-                       torchvision=str(torchvision.__version__), sklearn=sklearn.__version__,
-                       numpy=np.__version__), device=str(args.device))
+                       python=platform.python_version(),
+                       **{p: version(p) for p in ("torch", "torchvision", "scikit-learn", "numpy")}),
+                   device=str(args.device))
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "results.json", json.dumps(results, indent=1) + "\n")
 
@@ -670,6 +682,8 @@ def main(argv=None):
 
     scored = {name: score_set(detector, classifier, x, labels, name, batch)
               for name, (x, labels, _) in sets.items()} if len(sets) > 1 else {}
+    if RANK > 0:  # one process has every score now, and writes
+        return
     detector.calibration, subsets = add_cascades(scored, held, wrong, list(scorers))
     detector.save(out / "detector.pt")
     if not scored:

@@ -12,6 +12,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -1124,6 +1126,136 @@ def test_tables_gather_runs(run, tmp_path, capsys):
     assert re.search(r"\| cascade, Mean \| 0 \|( – \|)+ 38.83 \| 91.39 \|", text)  # no run here
     assert "holds none of the runs" in complaint(
         evaluate.main, ["--tables", str(tmp_path / "empty"), "--out", str(tmp_path)])
+
+
+# --- several processes -------------------------------------------------------------------------
+
+WORKER = """
+import sys, torch, evaluate, train_gen, train_scorer
+out, run, drawn, pids = sys.argv[1], sys.argv[2], [], []
+def spy(*batch, plain=train_gen.share):
+    part = plain(*batch)
+    drawn.append(part[0])
+    return part
+def save(self, plain=train_gen.Loop.save):
+    plain(self)
+    torch.save([drawn, {k: p.state_dict() for k, p in self.parts.items()}],
+               f"{out}/{self.name}-{train_gen.RANK}.pt")
+    drawn.clear()
+train_gen.share = train_scorer.share = spy
+train_gen.Loop.save = save
+common = ["--run", run, "--device", "cpu"]
+def main():
+    train_gen.main([*common, "--ch", "2", "--steps", "20", "--batch-size", "16"])
+    train_scorer.main([*common, "--steps", "20", "--classifier-steps", "20", "--batch-size", "16"])
+    evaluate.main(common)
+train_gen.run_script(main)
+"""
+
+
+def torchrun(n, *argv):
+    """The command that runs argv in n processes."""
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", "--",
+            *map(str, argv)]
+
+
+ONE_THREAD = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(Path(__file__).parent))
+
+
+def test_two_processes_train_and_evaluate_as_one(tmp_path):
+    worker = tmp_path / "worker.py"
+    worker.write_text(WORKER)
+    for n, command in ((1, [sys.executable, str(worker)]), (2, torchrun(2, worker))):
+        (tmp_path / f"out{n}").mkdir()
+        subprocess.run([*command, str(tmp_path / f"out{n}"), str(tmp_path / f"run{n}")], env=ONE_THREAD,
+                       check=True, capture_output=True)
+    for name in ("generator", "classifier", "scorer"):
+        drawn, weights = torch.load(tmp_path / f"out1/{name}-0.pt")
+        ranks = [torch.load(tmp_path / f"out2/{name}-{rank}.pt") for rank in (0, 1)]
+        assert len(drawn) == 20 and all(len(images) == 16 for images in drawn)
+        for rank, (own, _) in enumerate(ranks):
+            assert all(torch.equal(a[rank::2], b) for a, b in zip(drawn, own)), name
+        flat = [weights_in(parts) for _, parts in ranks]
+        assert same(*flat), name  # statistics of the batch norms and optimisers, too
+        alone = weights_in(weights)
+        assert not same(alone, flat[0])  # other batch statistics, other rounding
+    scorer = [torch.load(tmp_path / f"out{n}/scorer-0.pt")[1]["scorer"] for n in (1, 2)]
+    assert all(torch.isfinite(v).all() for v in scorer[1].values())
+    # the detector of two processes, evaluated by one
+    again = tmp_path / "again"
+    evaluate.main(["--run", str(tmp_path / "run2"), "--device", "cpu", "--out", str(again)])
+    ours, theirs = (json.loads((f / "results.json").read_text()) for f in (again, tmp_path / "run2"))
+    for table in evaluate.LABELINGS:
+        for method, sets in ours[table].items():
+            for k, v in sets["unknown"].items():
+                assert v == pytest.approx(theirs[table][method]["unknown"][k], abs=2e-3), (method, k)
+    assert (again / "scores.csv").read_text().count("\n") == (tmp_path / "run2/scores.csv").read_text().count("\n")
+
+
+def weights_in(parts):
+    """Every tensor of nested state dictionaries, by its path."""
+    flat = {}
+
+    def walk(path, value):
+        for k, v in (value.items() if isinstance(value, dict) else enumerate(value)
+                     if isinstance(value, list) else ()):
+            walk(f"{path}.{k}", v)
+        if torch.is_tensor(value):
+            flat[path] = value
+
+    walk("", parts)
+    return flat
+
+
+def test_gradients_of_two_processes_are_those_of_one(tmp_path):
+    """C_b has no batch norm: its training by two processes equals that by one, but for rounding."""
+    worker = tmp_path / "worker.py"
+    worker.write_text("""
+import sys, torch, train_gen, train_scorer
+from moodcat import BinaryScorer, Generator, hinge_loss
+def main():
+    train_gen.Parser("").parse_args(["--device", "cpu"])  # starts the process group
+    torch.manual_seed(0)
+    G, scorer = Generator(3, 4, 16, 1).eval(), BinaryScorer(3, 4, 1)
+    opt = torch.optim.SGD(scorer.parameters(), 0.1)
+    for step in range(20):
+        torch.manual_seed(step)
+        x, x_m, y = torch.rand(8, 1, 16, 16), torch.rand(8, 1, 16, 16), torch.arange(8) % 3
+        train_scorer.train_step(G, scorer, opt, *train_gen.share(x, x_m, y, (y + 1) % 3))
+    torch.save(scorer.state_dict(), f"{sys.argv[1]}-{train_gen.RANK}.pt")
+train_gen.run_script(main)
+""")
+    for n, command in ((1, [sys.executable, worker]), (2, torchrun(2, worker))):
+        subprocess.run([*command, str(tmp_path / f"w{n}")], env=ONE_THREAD, check=True, capture_output=True)
+    one, two, other = (torch.load(tmp_path / f"{name}.pt") for name in ("w1-0", "w2-0", "w2-1"))
+    assert same(two, other)
+    assert all(torch.allclose(one[k], two[k], atol=1e-4) for k in one)
+    torch.manual_seed(0)
+    Generator(3, 4, 16, 1)
+    start = BinaryScorer(3, 4, 1).state_dict()
+    assert not any(torch.allclose(start[k], one[k], atol=1e-3) for k in one if "conv1.param" in k and "orig" in k)
+
+
+def test_a_killed_process_ends_the_run_and_leaves_a_checkpoint(tmp_path):
+    run = tmp_path / "run"
+    worker = tmp_path / "worker.py"
+    worker.write_text(f"""
+import os, signal, train_gen
+train_gen.SAVE_SECONDS = -1  # a checkpoint after every step
+def die(step, plain=train_gen.random_mask, n=[0]):
+    n[0] += 1
+    if n[0] == 12 and train_gen.RANK == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return plain
+train_gen.random_mask = lambda *a, **k: die(0)(*a, **k)
+train_gen.run_script(lambda: train_gen.main({generator_argv(run)[:-1]!r} + [{SMALL[-1]!r}, "--steps", "900"]))
+""".replace('"--steps", "6", ', ""))
+    done = subprocess.run(torchrun(2, worker), env=ONE_THREAD, capture_output=True, text=True)
+    assert done.returncode != 0 and f"error: {train_gen.GONE}" in done.stderr
+    step = load_checkpoint(run / "generator.pt", "generator")["step"]
+    assert 8 <= step <= 12
+    train_gen.main(["--run", str(run), "--device", "cpu", "--steps", str(step + 2), "--resume"])
+    assert load_checkpoint(run / "generator.pt", "generator")["step"] == step + 2
 
 
 # --- what a user can get wrong -----------------------------------------------------------------

@@ -5,6 +5,7 @@ common flags and the loop that checkpoints, logs and resumes.
     python train_gen.py --data cifar10 --run runs/cifar10        # the paper's width, for a GPU
     python train_gen.py --data FOLDER --run runs/mine --ch 16    # FOLDER/train/<class>/*.png
     python train_gen.py --run runs/cifar10 --resume              # go on after an interruption
+    torchrun --nproc_per_node=4 train_gen.py ...                 # one process for each of 4 GPUs
 
 Writes RUN/generator.pt, RUN/log.jsonl and sample panels RUN/samples_*.png (from the top: input,
 masked, synthesis with the right label, with a wrong one).
@@ -12,6 +13,7 @@ masked, synthesis with the right label, with a wrong one).
 
 import argparse
 import json
+import os
 import signal
 import sys
 import time
@@ -20,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageOps
 
 from moodcat import (MASK_STYLES, Generator, UNetDiscriminator, discriminator_loss,
@@ -213,7 +216,7 @@ class Parser(argparse.ArgumentParser):
             help="in-distribution classes; the others become the OOD set 'unknown' [digits: 0 to 5]")
         add("--image-size", type=int, help="side in pixels, a multiple of 8 [digits 16, otherwise 32]")
         add("--seed", type=int, help="[0]")
-        add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="[%(default)s]")
+        add("--device", help="[cuda where there is one, otherwise cpu]")
         add("--batch-size", type=int, help="[digits 64, otherwise 96]")
 
     def training(self):
@@ -245,6 +248,10 @@ class Parser(argparse.ArgumentParser):
             if type(value) in (int, float) and not (
                     0 < value < float("inf") or value == 0 and flag in ("seed", "kl_weight")):
                 self.error(f"--{flag.replace('_', '-')} must be positive")
+        if args.device is None:
+            args.device = f"cuda:{LOCAL_RANK}" if torch.cuda.is_available() else "cpu"
+        if WORLD > 1 and not dist.is_initialized():
+            dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
         try:
             torch.empty(0, device=args.device)
         except (RuntimeError, AssertionError):
@@ -257,14 +264,67 @@ class Parser(argparse.ArgumentParser):
 
 def run_script(main):
     """main() with a user's error as one line on stderr and exit status 1."""
+    if WORLD > 1:  # torchrun ends the others with SIGTERM when one process is gone
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(f"error: {GONE}"))
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")
     try:
         main()
     except torch.OutOfMemoryError:
-        sys.exit("error: the device's memory is too small for this batch: lower --batch-size")
+        sys.exit(f"error: {NO_MEMORY}")
+    except RuntimeError as error:
+        if "can't allocate memory" in str(error):  # the CPU's allocator
+            sys.exit(f"error: {NO_MEMORY}")
+        if WORLD > 1 and "gloo" in str(error).lower():
+            sys.exit(f"error: {GONE}")
+        raise
     except (ValueError, OSError) as error:
         sys.exit("error: " + " ".join(str(error).split()))
     except KeyboardInterrupt:
         sys.exit(130)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------------------------------------
+# Several processes (torchrun sets these); every process holds all the data and draws the same batch
+
+WORLD, RANK, LOCAL_RANK = (int(os.environ.get(k, d)) for k, d in (
+    ("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
+NO_MEMORY = "the device's memory is too small for this batch: lower --batch-size"
+GONE = "another process of this run is gone; the last checkpoint is kept: go on with --resume"
+
+
+def share(*batch):
+    """This process's part of each tensor of a global batch; from here on its random numbers are its
+    own. Nothing changes for one process. Raises ValueError for a batch that cannot be shared."""
+    if WORLD == 1:
+        return batch
+    if any(len(t) % WORLD for t in batch):
+        raise ValueError(f"--batch-size must be a multiple of the {WORLD} processes")
+    torch.manual_seed(torch.initial_seed() + 7919 * RANK)
+    return [t[RANK::WORLD] for t in batch]
+
+
+def average(*nets):
+    """Gradients and batch statistics become their mean over the processes."""
+    if WORLD > 1:
+        tensors = [p.grad for net in nets for p in net.parameters() if p.grad is not None]
+        tensors += [b for net in nets for b in net.buffers() if b.is_floating_point()]
+        flat = torch.cat([t.flatten() for t in tensors])
+        dist.all_reduce(flat)
+        for t, part in zip(tensors, (flat / WORLD).split([t.numel() for t in tensors])):
+            t.copy_(part.view_as(t))
+
+
+def any_process(flag, device):
+    """Is the flag set in any process?"""
+    if WORLD == 1:
+        return flag
+    flag = torch.tensor(float(flag), device=device)
+    dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag)
 
 
 def in_bf16(net, enabled):
@@ -313,6 +373,7 @@ class Loop:
         self.log_path = Path(args.run, "log.jsonl")
         self.settings, self.parts, self.steps = settings, parts, steps
         self.minutes, self.step, self.values, self.stopped = minutes, 0, {}, False
+        self.device = args.device
         if self.path.exists():
             if not args.resume:
                 raise ValueError(f"{self.path} exists: go on with --resume, choose another --run, or "
@@ -327,8 +388,9 @@ class Loop:
             self.step = saved["step"]
         elif args.resume:
             print(f"nothing to resume in {self.path}: starting from step 0")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._trim_log()
+        if RANK == 0:  # it alone writes
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._trim_log()
 
     def _trim_log(self):
         """Drop log lines past the checkpoint: the steps they tell of will be made again."""
@@ -344,6 +406,8 @@ class Loop:
         self.values.update(values)
 
     def save(self):
+        if RANK > 0:
+            return
         for part in self.parts.values():
             if isinstance(part, torch.nn.Module) and not all(
                     bool(p.isfinite().all()) for p in part.parameters()):
@@ -360,7 +424,7 @@ class Loop:
         before = signal.signal(signal.SIGINT, stop)
         start, first, saved_at = time.time(), self.step, time.time()
         try:
-            while self.step < self.steps and not self.stopped:
+            while self.step < self.steps:
                 torch.manual_seed(self.settings["seed"] * 1_000_003 + self.step)
                 yield self.step
                 self.step += 1
@@ -368,13 +432,16 @@ class Loop:
                     self._write_log()
                     self._bar(start, first)
                 now = time.time()
-                if self.minutes and now - start > 60 * self.minutes:
+                late = self.minutes is not None and now - start > 60 * self.minutes
+                self.stopped = any_process(self.stopped, self.device)
+                if self.stopped or any_process(late, self.device):
                     break
                 if now - saved_at > SAVE_SECONDS:
                     self.save()
                     saved_at = now
             if self.step > first or not self.path.exists():
                 self.save()
+            any_process(False, self.device)  # nobody goes on before the file is there
         finally:
             signal.signal(signal.SIGINT, before)
             if sys.stderr.isatty():
@@ -385,13 +452,13 @@ class Loop:
             sys.exit(130)
 
     def _write_log(self):
-        values = {k: float(v) for k, v in self.values.items()}
+        values, self.values = {k: float(v) for k, v in self.values.items()}, {}
         if not all(np.isfinite(v) for v in values.values()):
             raise ValueError(f"a loss is not finite at step {self.step}: {self.path} keeps the last "
                              "good weights; lower the learning rate at the top of the script")
-        with open(self.log_path, "a") as file:
-            file.write(json.dumps({"phase": self.name, "step": self.step, **values}) + "\n")
-        self.values = {}
+        if RANK == 0:
+            with open(self.log_path, "a") as file:
+                file.write(json.dumps({"phase": self.name, "step": self.step, **values}) + "\n")
         self.shown = " ".join(f"{k} {v:.3f}" for k, v in values.items())
 
     def _bar(self, start, first):
@@ -401,7 +468,7 @@ class Loop:
         left = (self.steps - self.step) / rate if self.steps != float("inf") \
             else 60 * self.minutes - spent
         tty = sys.stderr.isatty()
-        if tty or self.step % (10 * LOG_EVERY) == 0 or share >= 1:
+        if RANK == 0 and (tty or self.step % (10 * LOG_EVERY) == 0 or share >= 1):
             print(f"{chr(13) if tty else ''}{self.name} {'#' * int(20 * share):20s} step {self.step} "
                   f"{rate:.1f}/s {left / 60:.1f} min left {self.shown}",
                   end="" if tty else "\n", file=sys.stderr, flush=True)
@@ -419,6 +486,46 @@ def save_panel(path, G, x, x_m, y):
     rows = torch.cat([x, x_m, G(x_m, y)[0], G(x_m, (y + 1) % G.settings["num_classes"])[0]])
     save_image((rows + 1) / 2, path, nrow=len(x))
     G.train(was)
+
+
+def train_step(G, D, opt_g, opt_d, x, x_m, y, kl_weight, bf16=False):
+    """One iteration of Algorithm 1: images x and masked images x_m (B, C, S, S), labels y (B,); returns
+    its losses."""
+    synthesise, discriminate = in_bf16(G, bf16), in_bf16(D, bf16)
+    x_fake, mu, logvar = synthesise(x_m, y)                       # x' = D(E(M(x)), y)
+
+    # (1) update E and D (Eq. 6 and Eq. 1); D^Unet's weights need no gradient here
+    D.requires_grad_(False)
+    loss_g = generator_loss(*discriminate(x_fake, y), x_fake, x, ADV, L1, L2, SSIM)
+    kl = kl_divergence(mu, logvar).mean()
+    opt_g.zero_grad()
+    (loss_g + kl_weight * kl).backward()
+    average(G)
+    opt_g.step()
+
+    # (2) update D^Unet on the same syntheses (Eq. 3)
+    D.requires_grad_(True)
+    logit, pixels = discriminate(torch.cat([x, x_fake.detach()]), torch.cat([y, y]))
+    (real, fake), (real_px, fake_px) = logit.chunk(2), pixels.chunk(2)
+    loss_d = discriminator_loss(real, real_px, fake, fake_px)
+    opt_d.zero_grad()
+    loss_d.backward()
+    average(D)
+    opt_d.step()
+    return dict(loss_g=loss_g.detach(), kl=kl.detach(), loss_d=loss_d.detach())
+
+
+def build(num_classes, ch, image_size, channels, conditional, device):
+    """E and D, D^Unet, and their optimisers, on the device."""
+    G = Generator(num_classes, ch, image_size, channels, conditional=conditional)
+    D = UNetDiscriminator(G.decoder.embed.num_embeddings, ch, channels)
+    cuda = str(device).startswith("cuda")
+    if WORLD > 1 and cuda:  # it refuses CPU tensors
+        G = torch.nn.SyncBatchNorm.convert_sync_batchnorm(G)
+    for net in (G, D):
+        net.to(device, memory_format=torch.channels_last)
+    return (G, D, torch.optim.Adam(G.parameters(), LR_G, BETAS, fused=cuda),
+            torch.optim.Adam(D.parameters(), LR_D, BETAS, fused=cuda))
 
 
 def main(argv=None):
@@ -446,13 +553,8 @@ def main(argv=None):
           f"held out, on {args.device}")
 
     torch.manual_seed(settings["seed"])
-    G = Generator(len(split.classes), settings["ch"], settings["image_size"], settings["channels"],
-                  conditional=settings["conditional"])
-    D = UNetDiscriminator(G.decoder.embed.num_embeddings, settings["ch"], settings["channels"])
-    for net in (G, D):
-        net.to(args.device, memory_format=torch.channels_last)
-    opt_g = torch.optim.Adam(G.parameters(), LR_G, BETAS)
-    opt_d = torch.optim.Adam(D.parameters(), LR_D, BETAS)
+    G, D, opt_g, opt_d = build(len(split.classes), *(settings[k] for k in (
+        "ch", "image_size", "channels", "conditional")), args.device)
     loop = Loop(args, "generator", settings,
                 dict(generator=G, discriminator=D, opt_g=opt_g, opt_d=opt_d), steps, args.minutes)
 
@@ -462,32 +564,12 @@ def main(argv=None):
     x_show, y_show = to_float(split.x[show]), split.y[show]
     mask = dict(ratio=settings["mask_ratio"], style=settings["mask_style"])
     masked_show, _ = random_mask(x_show, **mask, generator=torch.Generator().manual_seed(0))
-    synthesise, discriminate = (in_bf16(net, settings["bf16"]) for net in (G, D))
     for step in loop:
         batch = torch.randint(len(x_all), (settings["batch_size"],)).to(args.device)
         x, y = to_float(x_all[batch]), y_all[batch] * settings["conditional"]  # else all 0
-        x_m, _ = random_mask(x, **mask)
-        x_fake, mu, logvar = synthesise(x_m, y)                   # x' = D(E(M(x)), y)
-
-        # (1) update E and D (Eq. 6 and Eq. 1); D^Unet's weights need no gradient here
-        D.requires_grad_(False)
-        loss_g = generator_loss(*discriminate(x_fake, y), x_fake, x, ADV, L1, L2, SSIM)
-        kl = kl_divergence(mu, logvar).mean()
-        opt_g.zero_grad()
-        (loss_g + settings["kl_weight"] * kl).backward()
-        opt_g.step()
-
-        # (2) update D^Unet on the same syntheses (Eq. 3)
-        D.requires_grad_(True)
-        logit, pixels = discriminate(torch.cat([x, x_fake.detach()]), torch.cat([y, y]))
-        (real, fake), (real_px, fake_px) = logit.chunk(2), pixels.chunk(2)
-        loss_d = discriminator_loss(real, real_px, fake, fake_px)
-        opt_d.zero_grad()
-        loss_d.backward()
-        opt_d.step()
-
-        loop.log(loss_g=loss_g.detach(), kl=kl.detach(), loss_d=loss_d.detach())
-        if (step + 1) % panel_every == 0:
+        x, x_m, y = share(x, random_mask(x, **mask)[0], y)
+        loop.log(**train_step(G, D, opt_g, opt_d, x, x_m, y, settings["kl_weight"], settings["bf16"]))
+        if RANK == 0 and (step + 1) % panel_every == 0:
             save_panel(Path(args.run, f"samples_{step + 1:06d}.png"), G, x_show, masked_show, y_show)
     print(f"{loop.path}: {loop.step} steps")
 

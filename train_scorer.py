@@ -20,13 +20,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch.export.passes import move_to_device_pass
-from torchvision.models import resnet18
 
 from moodcat import (BinaryScorer, Generator, auroc, hinge_loss, load_checkpoint, load_weights,
                      random_mask, save_checkpoint)
-from train_gen import (BATCH, BETAS, LOG_EVERY, Loop, Parser, Split, earlier, image_files, in_bf16,
-                       kind_of, read_files, run_script, to_float)
+from train_gen import (BATCH, BETAS, LOG_EVERY, WORLD, Loop, Parser, Split, average, earlier,
+                       image_files, in_bf16, kind_of, read_files, run_script, share, to_float)
 
 # ---------------------------------------------------------------------------------------------
 # Settings
@@ -45,6 +43,7 @@ CHECKS = 10           # looks at the held-out pairs in a training
 def make_classifier(num_classes, channels, stem):
     """torchvision's ResNet-18: (B, channels, S, S) in [-1, 1] -> logits (B, num_classes). Stem "small"
     is the usual one for 32 px (3x3, stride 1, no pooling); "fast" has stride 2: a quarter of the cost."""
+    from torchvision.models import resnet18  # takes seconds; programs need none
     net = resnet18(num_classes=num_classes)
     net.conv1 = torch.nn.Conv2d(channels, 64, 3, 1 if stem == "small" else 2, 1, bias=False)
     net.maxpool = torch.nn.Identity()
@@ -69,6 +68,8 @@ def train_classifier(args, settings, split):
     """Cross-entropy on the training images; writes RUN/classifier.pt, returns the net in eval()."""
     torch.manual_seed(settings["seed"])
     net = make_classifier(len(settings["classes"]), settings["channels"], settings["stem"])
+    if WORLD > 1 and args.device.startswith("cuda"):
+        net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
     net.to(args.device, memory_format=torch.channels_last)
     opt = torch.optim.SGD(net.parameters(), LR_CLASSIFIER, momentum=0.9, weight_decay=5e-4,
                           nesterov=True)
@@ -81,9 +82,11 @@ def train_classifier(args, settings, split):
                                      * 0.5 * (1 + math.cos(math.pi * done)))
         batch = torch.randint(len(x_all), (settings["batch_size"],)).to(args.device)
         x = augment(to_float(x_all[batch]), mirror=settings["channels"] == 3)
-        loss = F.cross_entropy(classify(x), y_all[batch])
+        x, y = share(x, y_all[batch])
+        loss = F.cross_entropy(classify(x), y)
         opt.zero_grad()
         loss.backward()
+        average(net)
         opt.step()
         loop.log(loss=loss.detach())
     return net.eval()
@@ -91,6 +94,7 @@ def train_classifier(args, settings, split):
 
 def load_program(blob, device):
     """The bytes of a TorchScript or torch.export file -> a callable. Raises ValueError."""
+    from torch.export.passes import move_to_device_pass
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.jit announces its retirement
         for load in (lambda f: torch.jit.load(f, map_location=device).eval(),
@@ -179,6 +183,24 @@ def pair_scores(G, scorer, x, y, mask):
     return torch.cat(scores)
 
 
+def train_step(G, scorer, opt, x, x_m, y, y_not, more=None, bf16=False):
+    """One iteration of Figure 3: images x and masked images x_m (B, C, S, S), labels y and wrong labels
+    y_not (B,); more: x, x_m and wrong labels of unlabeled images. Returns the loss (Eq. 2)."""
+    n = len(x)
+    x, x_m, y = torch.cat([x, x]), torch.cat([x_m, x_m]), torch.cat([y, y_not])
+    if more:
+        x, x_m, y = (torch.cat(pair) for pair in zip((x, x_m, y), more))
+    with torch.no_grad():  # G is frozen
+        x_fake = in_bf16(G, bf16)(x_m, y)[0]
+    score = in_bf16(scorer, bf16)(x, x_fake, y)
+    loss = hinge_loss(score[:n], score[n:])
+    opt.zero_grad()
+    loss.backward()
+    average(scorer)
+    opt.step()
+    return loss.detach()
+
+
 def train_scorer(args, settings, split, G, y_wrong, steps, name="scorer", extra=None):
     """Eq. 2: (x, G(x, y), y) against (x, G(x, y'), y'), y' uniform over the labels that are not y.
     y_wrong: a wrong label for each held-out image, to measure with. extra (section 3.6): uint8 images
@@ -207,28 +229,18 @@ def train_scorer(args, settings, split, G, y_wrong, steps, name="scorer", extra=
         best.offer((accuracy, -hinge_loss(right, wrong).item()), step, scorer)
         return dict(pair_accuracy=accuracy, pair_auroc=auroc(right, wrong))
 
-    synthesise, compare = (in_bf16(net, settings["bf16"]) for net in (G, scorer))
     n_extra = settings["batch_size"] // 2 if extra else 0
-    n = settings["batch_size"] - n_extra
     for step in loop:
-        batch = torch.randint(len(x_all), (n,)).to(args.device)
+        batch = torch.randint(len(x_all), (settings["batch_size"] - n_extra,)).to(args.device)
         x, y = to_float(x_all[batch]), y_all[batch]
         y_not = wrong_labels(y, K)
-        x_m, _ = random_mask(x, **mask)
-        x, x_m, y = torch.cat([x, x]), torch.cat([x_m, x_m]), torch.cat([y, y_not])
+        pairs, more = (x, random_mask(x, **mask)[0], y, y_not), None
         if extra:
             batch = torch.randint(len(extra[0]), (n_extra,)).to(args.device)
-            x_more, pseudo = to_float(extra[0][batch]), extra[1][batch]
-            x, x_m = torch.cat([x, x_more]), torch.cat([x_m, random_mask(x_more, **mask)[0]])
-            y = torch.cat([y, wrong_labels(pseudo, K)])
-        with torch.no_grad():  # G is frozen
-            x_fake = synthesise(x_m, y)[0]
-        score = compare(x, x_fake, y)
-        loss = hinge_loss(score[:n], score[n:])
-        opt.zero_grad()
-        loss.backward()
-        opt.step()
-        loop.log(loss=loss.detach())
+            x, pseudo = to_float(extra[0][batch]), extra[1][batch]
+            more = share(x, random_mask(x, **mask)[0], wrong_labels(pseudo, K))
+        loss = train_step(G, scorer, opt, *share(*pairs), more, settings["bf16"])
+        loop.log(loss=loss)
         if (step + 1) % check_every == 0 or step + 1 == steps:
             loop.log(**look(step + 1))
     if best.weights is None:  # --minutes ended before the first look
