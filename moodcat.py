@@ -32,7 +32,9 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.nn.utils.parametrizations import spectral_norm
+from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 
 # ---------------------------------------------------------------------------------------------
 # Masking (section 3.3, Tables 5 and 11, Figure 4)
@@ -162,7 +164,12 @@ class ConditionalBatchNorm(nn.Module):
 
     def forward(self, x, e):
         gain, bias = 1 + self.gain(e), self.bias(e)                              # (B, channels)
-        return gain[:, :, None, None] * self.norm(x) + bias[:, :, None, None]
+        if self.norm.training:
+            return gain[:, :, None, None] * self.norm(x) + bias[:, :, None, None]
+        # the running statistics are constants: one multiply-add
+        gain = gain * (self.norm.running_var + self.norm.eps).rsqrt()
+        bias = bias - gain * self.norm.running_mean
+        return torch.addcmul(bias[:, :, None, None], gain[:, :, None, None], x)
 
 
 class UpBlock(nn.Module):
@@ -483,6 +490,25 @@ class DISTS(nn.Module):
 SHARES = 10  # the cascade's budget is shared out in tenths
 
 
+def folded(net):
+    """A copy of a Generator or BinaryScorer for inference: the same function in eval() with spectral
+    norms and the encoder's batch norms multiplied into plain weights."""
+    state = {k: v.clone() for k, v in net.state_dict().items()}
+    with torch.device("meta"):  # no initial weights; not deepcopy, whose copy shares what is removed
+        net = type(net)(**net.settings).eval()
+    net.load_state_dict(state, assign=True)
+    for module in list(net.modules()):
+        if is_parametrized(module):
+            remove_parametrizations(module, "weight")
+        if isinstance(module, Encoder):
+            layers = module.features
+            for i in range(1, len(layers)):
+                if isinstance(layers[i], nn.BatchNorm2d):
+                    layers[i - 1] = fuse_conv_bn_eval(layers[i - 1], layers[i])
+                    layers[i] = nn.Identity()
+    return net.requires_grad_(False).to(memory_format=torch.channels_last)
+
+
 class MoodCat:
     """The detector, for any classifier: x is rejected when its synthesis under y = C(x) differs.
 
@@ -506,6 +532,9 @@ class MoodCat:
             if isinstance(net, BinaryScorer) and any(
                     net.settings[k] != generator.settings[k] for k in ("num_classes", "channels")):
                 raise ValueError(f"C_b is for {net.settings}, the generator for {generator.settings}")
+        self._generator = folded(generator)  # the same nets, faster
+        self._scorers = {name: folded(scorer) if isinstance(scorer, BinaryScorer) else scorer
+                         for name, scorer in self.scorers.items()}
         self.calibration = None  # what calibrate() fixes
 
     def mask(self, x, draw=0):
@@ -522,7 +551,7 @@ class MoodCat:
     def synthesise(self, x, y, draw=0):
         """x (B, C, H, W) in [-1, 1], y (B,) -> x_m, x', both (B, C, H, W), with the draw-th mask."""
         x_m, _ = self.mask(x, draw)
-        return x_m, self.generator(x_m, y)[0]
+        return x_m, self._generator(x_m, y)[0]
 
     @torch.no_grad()
     def score(self, x, y):
@@ -545,7 +574,7 @@ class MoodCat:
             part = slice(i, i + chunk)
             for draw in range(self.masks):
                 _, x_fake = self.synthesise(x[part], y[part], draw)
-                for name, scorer in self.scorers.items():
+                for name, scorer in self._scorers.items():
                     if isinstance(scorer, BinaryScorer):
                         value = scorer(x[part], x_fake, y[part])
                     else:

@@ -335,13 +335,37 @@ def test_scores_do_not_depend_on_batch_or_order():
     assert other_masks.flatten(1).any(1).float().mean() > 0.9
 
 
+def test_folded_nets_and_chunks_change_nothing():
+    torch.manual_seed(0)
+    G, C_b = Generator(5, ch=8, image_size=16, channels=3), BinaryScorer(5, ch=8, channels=3)
+    x, y = images(70, 3, 16), torch.arange(70) % 5
+    for _ in range(5):  # statistics unlike those of a fresh net
+        C_b(x, G(2 * x + 0.5, y)[0], y)
+    G.eval(), C_b.eval()
+    before = [v.clone() for v in (*G.state_dict().values(), *C_b.state_dict().values())]
+    fast = [moodcat.folded(net) for net in (G, C_b)]
+    assert not any("parametrizations" in k for net in fast for k in net.state_dict())
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in fast[0].encoder.modules())
+    detector = MoodCat(G, {"cb": C_b, "ssim": ssim})
+    with torch.no_grad():
+        x_m, _ = detector.mask(x)
+        plain = G(x_m, y)
+        for ours, theirs in zip(fast[0](x_m, y), plain):
+            assert torch.allclose(ours, theirs, atol=1e-5)
+        whole = C_b(x, plain[0], y)
+        assert torch.allclose(fast[1](x, plain[0], y), whole, rtol=1e-4, atol=1e-4)
+    assert torch.allclose(detector.score(x, y)["cb"], whole, rtol=1e-4, atol=1e-4)  # in chunks of 32
+    after = (*G.state_dict().values(), *C_b.state_dict().values())
+    assert all(torch.equal(a, b) for a, b in zip(before, after))
+
+
 def test_score_signs():
     detector = tiny_detector({"distance": lambda a, b: (a - b).abs().mean((1, 2, 3)), "ssim": ssim})
     x, y = images(4, 1, 16), torch.zeros(4, dtype=torch.long)
-    detector.generator.forward = lambda x_m, y: (x, None, None)  # a perfect synthesis
+    detector.synthesise = lambda x, y, draw: (x, x)  # a perfect synthesis
     scores = detector.score(x, y)
     assert torch.equal(scores["distance"], torch.zeros(4)) and torch.allclose(scores["ssim"], torch.ones(4))
-    detector.generator.forward = lambda x_m, y: (-x, None, None)
+    detector.synthesise = lambda x, y, draw: (x, -x)
     scores = detector.score(x, y)
     assert (scores["distance"] < -0.5).all() and (scores["ssim"] < 0.5).all()
 
@@ -396,9 +420,12 @@ def test_each_half_of_the_held_out_images_does_its_own_work():
 
 
 def test_shares_go_to_the_scorer_that_tells_right_from_wrong():
-    good = BinaryScorer(2, ch=2, channels=1)
-    good.forward = lambda x, x_fake, y: x.mean((1, 2, 3)) - 0.06 * y  # well, not perfectly
-    detector = tiny_detector({"noise": lambda a, b: a.amax((1, 2, 3)), "good": good}, num_classes=2)
+    class Good(BinaryScorer):
+        def forward(self, x, x_fake, y):
+            return x.mean((1, 2, 3)) - 0.06 * y  # well, not perfectly
+
+    detector = tiny_detector({"noise": lambda a, b: a.amax((1, 2, 3)),
+                              "good": Good(2, ch=2, channels=1)}, num_classes=2)
     x, y = images(200, 1, 16), torch.zeros(200, dtype=torch.long)
     shares = detector.calibrate(x, y, y_wrong=y + 1).calibration["shares"]
     assert shares["good"] >= 0.8
