@@ -17,7 +17,6 @@ every table follows), panels.png, masks.png, histograms.png, roc.png.
 """
 
 import csv
-import io
 import itertools
 import json
 import math
@@ -336,17 +335,18 @@ def source_revision():
 
 def write_csv(path, scored, names, classes):
     """One line an image: set, image, classes (label, prediction, second guess), every score."""
-    text = io.StringIO()
     columns = list(scored["in-distribution"])
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["set", "image", *columns])
     named = dict(label=lambda v: classes[v] if v >= 0 else "OOD", prediction=lambda v: classes[v],
                  second=lambda v: classes[v])
-    for key, scores in scored.items():
-        values = [map(named.get(c, repr), scores[c].tolist()) if c in scores else
-                  itertools.repeat("") for c in columns]
-        writer.writerows(zip(itertools.repeat(key), names[key], *values))
-    write_text(path, text.getvalue())
+    temporary = Path(f"{path}.tmp")
+    with open(temporary, "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["set", "image", *columns])
+        for key, scores in scored.items():
+            values = [map(named.get(c, repr), scores[c].tolist()) if c in scores else
+                      itertools.repeat("") for c in columns]
+            writer.writerows(zip(itertools.repeat(key), names[key], *values))
+    temporary.replace(path)
 
 
 def pyplot():
@@ -454,7 +454,8 @@ def judge_images(args):
     files = image_files(args.images)
     x = read_files(files, want["channels"], want["image_size"]).to(args.device)
     y = predict(classifier, x, want["num_classes"]).argmax(1)
-    scores = detector.score(to_float(x), y)
+    parts = [detector.score(to_float(xs), ys) for xs, ys in zip(x.split(1024), y.split(1024))]
+    scores = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     if "cascade" not in scores:
         raise ValueError(f"{args.run}/detector.pt is not calibrated: run evaluate.py --run {args.run}")
     ood = (scores["cascade"] < detector.calibration["threshold"]).tolist()

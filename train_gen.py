@@ -71,20 +71,22 @@ def fit_image(image, channels, size):
 def read_files(paths, channels, size):
     """Image files -> uint8 (N, channels, size, size). Any that cannot be read stop the run: raises
     OSError with their number and the first one's name, since a skipped image changes every n."""
-    def read(path):
+    x, bad = np.empty((len(paths), channels, size, size), np.uint8), []
+
+    def read(i):
         try:
-            with Image.open(path) as image:
-                return fit_image(image, channels, size)
+            with Image.open(paths[i]) as image:
+                x[i] = fit_image(image, channels, size)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            return error
+            return paths[i], error
 
     with ThreadPoolExecutor() as pool:
-        images = list(pool.map(read, paths))
-    bad = [(path, e) for path, e in zip(paths, images) if isinstance(e, Exception)]
+        for i in range(0, len(paths), 1024):  # so that a long list is not all in flight
+            bad += filter(None, pool.map(read, range(i, min(i + 1024, len(paths)))))
     if bad:
         raise OSError(f"{len(bad)} of {len(paths)} images cannot be read, the first is {bad[0][0]} "
                       f"({bad[0][1]}): repair or remove them")
-    return torch.from_numpy(np.stack(images))
+    return torch.from_numpy(x)
 
 
 def image_files(folder):
