@@ -21,6 +21,7 @@ import itertools
 import json
 import math
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -32,10 +33,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from moodcat import (DISTS, LPIPS, BinaryScorer, Generator, MoodCat, cascade, fit_cascade,
+import train_gen
+import train_scorer
+from moodcat import (DISTS, LPIPS, BinaryScorer, MoodCat, cascade, fit_cascade, folded,
                      load_checkpoint, load_weights, random_mask, ssim)
-from train_gen import (MASK_RATIO, RANK, WORLD, Parser, Split, download, fit_image, image_files, kind_of,
-                       read_files, run_script, to_float, write_text)
+from train_gen import (MASK_RATIO, RANK, WORLD, Parser, Split, build, download, fit_image,
+                       image_files, kind_of, read_files, run_script, to_float, write_text)
 from train_scorer import load_classifier, load_run, make_classifier, predict
 
 # ---------------------------------------------------------------------------------------------
@@ -50,7 +53,11 @@ LABELINGS = dict(predicted_labels=("", ""),             # y = C(x), the headline
                  oracle_labels=("oracle ", "oracle "),  # the authors' code
                  true_in_distribution=("oracle ", ""))  # the truth where there is one, else C(x)
 CALIBRATION = ("held-out", "second guess")              # sets of scores.csv that no table reports
-BENCH_SECONDS = 2            # for each line of --bench
+BENCH_SECONDS, BENCH_REPEATS, BENCH_MATRIX = 2, 3, 4096  # for each line of --bench, at the least
+BENCH_BATCHES = {"generator iteration": [96], "C_b iteration": [96],
+                 "inference": [1, 4, 16, 64, 256, 1024]}
+# GFLOP an image of the authors' steps, by torch's counter: doing less for the same result is speed
+COUNTED = {"generator iteration": 8.1, "C_b iteration": 2.06, "inference": 0.749}
 COLUMNS = dict(fpr95="FPR@TPR95", auroc="AUROC", aupr_in="AUPR-In", aupr_out="AUPR-Out",
                accuracy="accuracy")
 
@@ -144,10 +151,9 @@ def animals(name):
     """CIFAR+N of Table 3, "cifar+50" or "cifar+10:SPLIT": names of N classes of CIFAR-100."""
     if name == "cifar+50":
         return ANIMALS
-    split = name.partition(":")[2]
-    if not split.isdigit():
-        raise ValueError(f"{name} needs its split: cifar+10:0 to cifar+10:4")
-    return sorted(np.random.default_rng(int(split)).choice(ANIMALS, 10, replace=False).tolist())
+    if not re.fullmatch("cifar[+]10:[0-4]", name):
+        raise ValueError(f"no set {name!r}: cifar+50 and cifar+10:0 to cifar+10:4, a split each")
+    return sorted(np.random.default_rng(int(name[-1])).choice(ANIMALS, 10, replace=False).tolist())
 
 
 def load_ood(name, size, channels):
@@ -177,26 +183,30 @@ def read_scood(root, settings):
     whose "sc_label" is -1 for OOD, else the class that the image really shows. Raises OSError or
     ValueError."""
     K, found = len(settings["classes"]), sorted(Path(root, "imglist").glob("benchmark_*"))
-    folders = [f for f in found if f.name == f"benchmark_cifar{K}"] or found
+    # cifar10's labels mean nothing to a run of another number of classes
+    folders = [f for f in found if f.name == f"benchmark_cifar{K}"] or [
+        f for f in found if not re.fullmatch("benchmark_cifar[0-9]+", f.name)]
     lists = sorted(folders[0].glob("test_*.txt")) if len(folders) == 1 else []
     if not lists:
-        raise OSError(f"{root} must hold images/ and lists imglist/benchmark_cifar{K}/test_*.txt, or "
-                      "those of one other benchmark")
+        raise OSError(f"{root} must hold images/ and, for {K} classes, lists imglist/benchmark_cifar{K}/"
+                      "test_*.txt, or those of one benchmark of another name")
     sets = {}
     for file in lists:
         names, labels = [], []
-        for number, line in enumerate(file.read_text().splitlines(), 1):
-            name, _, rest = line.partition(" {")
+        for number, line in enumerate(file.read_bytes().splitlines(), 1):
             try:
+                name, _, rest = line.decode().partition(" {")
                 label = json.loads("{" + rest)["sc_label"]
-                if label not in range(-1, K):
+                if type(label) is not int or label not in range(-1, K):
                     raise ValueError(f"sc_label {label} is not in -1 to {K - 1}")
             except (ValueError, KeyError) as error:
                 raise ValueError(f'{file}, line {number}: {error}; a line is: PATH {{"sc_label": 3}}'
                                  ) from error
             names.append(name)
             labels.append(label)
-        if all(label >= 0 for label in labels):
+        if not labels:
+            raise ValueError(f"{file} is empty")
+        if min(labels) >= 0:
             print(f"{file.name} lists no OOD image; in-distribution is the run's own test split")
             continue
         x = read_files([Path(root, "images", name) for name in names], settings["channels"],
@@ -217,15 +227,17 @@ def gather_sets(args, settings, train):
         sets = {"in-distribution": (test.x, test.y, test.names)}
         unknown, names = test.unknown, test.unknown_names
     ood = lambda x: torch.full((len(x),), -1)
-    if len(unknown):
-        sets["unknown"] = (unknown, ood(unknown), names)
+    more = [("unknown", (unknown, ood(unknown), names))] if len(unknown) else []
     for name in args.ood:
-        key = name.partition(":")[0] if name.startswith("cifar+") else "/".join(Path(name).parts[-2:])
-        if key in sets or key in ("mean", "std"):
-            raise ValueError(f"there is a set {key!r} already: rename a folder")
         x, names = load_ood(name, settings["image_size"], settings["channels"])
-        sets[key] = (x, ood(x), names)
-    return {**sets, **(read_scood(args.scood, settings) if args.scood else {})}
+        key = name.partition(":")[0] if name.startswith("cifar+") else "/".join(Path(name).parts[-2:])
+        more.append((key, (x, ood(x), names)))
+    more += read_scood(args.scood, settings).items() if args.scood else []
+    for key, images in more:
+        if key in (*sets, "mean", "std", *CALIBRATION):
+            raise ValueError(f"there is a set {key!r} already: rename a folder or a list")
+        sets[key] = images
+    return sets
 
 
 # ---------------------------------------------------------------------------------------------
@@ -324,7 +336,7 @@ def format_table(table):
 
 def source_revision():
     """The commit of this checkout, "+" when it has changes; "unknown" outside git."""
-    here = Path(__file__).parent
+    here = Path(__file__).resolve().parent
     if not shutil.which("git"):
         return "unknown"
     git = lambda *words: subprocess.run(["git", "-C", here, *words], capture_output=True, text=True)
@@ -415,7 +427,8 @@ def draw_scores(run, sets, methods, threshold):
     for ax, method in zip(axes, methods):
         low, high = np.percentile(torch.cat([s[method] for s in sets.values()]), [1, 99])
         for name, s in sets.items():
-            ax.hist(s[method].numpy().clip(low, high), 30, range=(low, high), density=True, alpha=0.5, label=name)
+            side = s[method][(s["label"] >= 0) == (name == "in-distribution")].numpy()
+            ax.hist(side.clip(low, high), 30, range=(low, high), density=True, alpha=0.5, label=name)
         if method == "cascade":
             ax.axvline(threshold, color="k", lw=1)
         ax.set_title(method, fontsize=9)
@@ -449,7 +462,8 @@ def judge_images(args):
     if not Path(args.run, "detector.pt").exists():
         raise OSError(f"{args.run}/detector.pt does not exist: run evaluate.py --run {args.run} first")
     detector = MoodCat.load(Path(args.run, "detector.pt"), args.device)
-    classifier, classes = load_classifier(Path(args.run, "classifier.pt"), args.device)
+    classifier, about = load_classifier(Path(args.run, "classifier.pt"), args.device)
+    classes = about["classes"]
     want = detector.generator.settings
     files = image_files(args.images)
     x = read_files(files, want["channels"], want["image_size"]).to(args.device)
@@ -486,70 +500,123 @@ def pick_blocks(sets, scored, threshold):
 
 
 # ---------------------------------------------------------------------------------------------
-# Cost (Table 13)
+# Cost (Table 13) and speed
+
+
+def seconds(work, device):
+    """Median time of work() after a first call that warms up."""
+    times = []
+    for i in itertools.count():
+        start = time.perf_counter()
+        work()
+        if torch.device(device).type == "cuda":
+            torch.cuda.synchronize()
+        times += [time.perf_counter() - start] * (i > 0)
+        if i >= BENCH_REPEATS and sum(times) >= BENCH_SECONDS:
+            return float(np.median(times))
 
 
 def bench(args):
-    """Parameters, MACs by torch's counter and images per second of the paper's nets (ch = 32, 32 x 32
-    colour, 10 classes, untrained: the weights change no cost), and of a ResNet-18."""
+    """The paper's nets (ch = 32, 32 x 32 colour, 10 classes), untrained, since the weights change no
+    cost: parameters, MACs by torch's counter and images per second of each part, of VGG16 and of a
+    ResNet-18; then the three steps against the best matrix multiplication of the same precision."""
+    from torch.utils.flop_counter import FlopCounterMode
     from torchvision.models import vgg16
     torch.manual_seed(0)
-    G, scorer = Generator(10).to(args.device).eval(), BinaryScorer(10).to(args.device).eval()
-    n = args.batch_size or 64
-    x, y = torch.rand(n, 3, 32, 32, device=args.device) * 2 - 1, torch.arange(n, device=args.device) % 10
-    z, pair = torch.randn(n, 128, device=args.device), torch.cat([x, x])
-    vgg = vgg16().features.to(args.device).eval()
-    resnet = make_classifier(10, 3, "small").to(args.device).eval()
-    parts = {"E": ([G.encoder], lambda: G.encoder(x)), "D": ([G.decoder], lambda: G.decoder(z, y)),
-             "C_b": ([scorer], lambda: scorer(x, x, y))}
-    for masks in (1, 2, 4, 8):
-        detector = MoodCat(G, {"cb": scorer}, masks=masks)
-        parts[f"E, D, C_b, {masks} mask{'s' * (masks > 1)}"] = (
-            [G, scorer], lambda detector=detector: detector.score(x, y))
+    device, n = args.device, args.batch_size or 64
+    G, D, opt_g, opt_d = build(10, 32, 32, 3, True, device)
+    scorer = BinaryScorer(10).to(device, memory_format=torch.channels_last)
+    opt = torch.optim.Adam(scorer.parameters())
+    x, y = torch.rand(1024, 3, 32, 32, device=device) * 2 - 1, torch.arange(1024, device=device) % 10
+    vgg = vgg16().features.to(device, memory_format=torch.channels_last).eval()
+    resnet = make_classifier(10, 3, "small").to(device, memory_format=torch.channels_last).eval()
+    detectors = {m: MoodCat(G, {"cb": scorer}, masks=m, bf16=args.bf16) for m in (1, 2, 4, 8)}
+    fast, pair, z = folded(G), torch.cat([x[:n], x[:n]]), torch.randn(n, 128, device=device)
+
+    def full():
+        detectors[1].score(x[:n], y[:n]), vgg(pair), vgg(pair)
+
+    parts = {"E": ([G.encoder], lambda: fast.encoder(x[:n])),
+             "D": ([G.decoder], lambda: fast.decoder(z, y[:n])),
+             "C_b": ([scorer], lambda: scorer(x[:n], x[:n], y[:n]))}
+    for m, detector in detectors.items():
+        parts[f"E, D, C_b, {m} mask{'s' * (m > 1)}"] = (
+            [G, scorer], lambda detector=detector: detector.score(x[:n], y[:n]))
     parts["VGG16, under LPIPS or DISTS"] = [vgg], lambda: vgg(pair)
-    parts["classifier: ResNet-18"] = [resnet], lambda: resnet(x)
+    parts["E, D, C_b and two VGG16"] = [G, scorer, vgg, vgg], full
+    parts["classifier: ResNet-18"] = [resnet], lambda: resnet(x[:n])
     cost = {}
-    print(f"{'part':30s}{'M params':>10s}{'G MACs':>10s}{'images/s':>10s}    batch {n}, {args.device}, "
+    print(f"{'part':30s}{'M params':>10s}{'G MACs':>10s}{'images/s':>10s}    batch {n}, {device}, "
           f"{torch.get_num_threads()} threads")
     for name, (nets, work) in parts.items():
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            work()
-        times = []
-        while sum(times) < BENCH_SECONDS or not times:
-            start = time.perf_counter()
-            with torch.no_grad():
+        with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16, enabled=args.bf16):
+            with FlopCounterMode(display=False) as counter:
                 work()
-            if x.is_cuda:
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
+            rate = n / seconds(work, device)
         cost[name] = {"an image": dict(
             params=sum(p.numel() for net in nets for p in net.parameters()) / 1e6,
-            macs=counter.get_total_flops() / 2e9 / n, rate=n / float(np.median(times)))}
+            macs=counter.get_total_flops() / 2e9 / n, rate=rate)}
         print(f"{name:30s}" + "{params:10.3f}{macs:10.4f}{rate:10.1f}".format(**cost[name]["an image"]))
+
+    def generator_iteration(x, y):
+        train_gen.train_step(G, D, opt_g, opt_d, x, random_mask(x)[0], y, 0.1, args.bf16)
+
+    def scorer_iteration(x, y):
+        train_scorer.train_step(fast, scorer, opt, x, random_mask(x)[0], y, (y + 1) % 10, None, args.bf16)
+
+    G.train(), scorer.train()
+    a = torch.randn(2 * (BENCH_MATRIX,), device=device, dtype=torch.bfloat16 if args.bf16 else torch.float)
+    work = {"generator iteration": generator_iteration, "C_b iteration": scorer_iteration,
+            "inference": detectors[1].score}
+    print(f"\n{'step':30s}{'batch':>10s}{'images/s':>10s}{'GFLOP':>10s}{'share of':>10s} best "
+          f"{'bfloat16' if args.bf16 else 'float32'} matrix multiplication, G/s")
+    for name, b in ((name, b) for name, batches in BENCH_BATCHES.items() for b in batches):
+        step = work[name]
+        with FlopCounterMode(display=False) as counter:
+            step(x[:b], y[:b])
+        # the machine's best beside each measurement: other work on it slows both
+        peak = 2 * BENCH_MATRIX**3 / 1e9 / seconds(lambda: a @ a, device)
+        rate = b / seconds(lambda: step(x[:b], y[:b]), device)
+        gflop = counter.get_total_flops() / 1e9 / b
+        cost[f"{name}, batch {b}"] = {"an image": dict(
+            rate=rate, gflop=gflop, counted=COUNTED[name], peak=peak, share=rate * COUNTED[name] / peak)}
+        print(f"{name:30s}{b:10d}{rate:10.1f}{gflop:10.3f}{rate * COUNTED[name] / peak:10.1%}{peak:10.0f}")
+    print("The share counts an image as the authors' step costs it: " + ", ".join(
+        f"{name} {gflop} GFLOP" for name, gflop in COUNTED.items()))
     if args.out:
-        write_results(Path(args.out), dict(cost=cost, n=n, threads=torch.get_num_threads()), args)
+        write_results(Path(args.out), dict(cost=cost, n=n), args)
 
 
 # ---------------------------------------------------------------------------------------------
 # The paper's tables (results/paper.json says which run measures which row)
 
 
-def gather_tables(folder, out):
-    """Fill every table of results/paper.json from the results.json files below `folder`: writes
-    out/tables.json and out/TABLES.md. A cell is at results[view][method][set][metric], each named by
-    the table, the row or the column. Raises OSError."""
+def gather_tables(args):
+    """Fill every table of results/paper.json from the results.json files below a folder: writes
+    OUT/tables.json and OUT/TABLES.md. A cell is at results[view][method][set][metric] of the runs that
+    match a pattern, each named by the table, the row or the column. Raises OSError or ValueError."""
     tables = json.loads(Path(__file__).with_name("results").joinpath("paper.json").read_text())
-    used = {}
+    folder, out, used = args.tables, args.out or "results", {}
+
+    def read(at):
+        """{run: value} of a cell."""
+        values = {}
+        for file in sorted(Path(folder).glob(f"{at['runs']}/results.json")):
+            run = str(file.parent.relative_to(folder))
+            try:
+                results = json.loads(file.read_text())
+                values[run] = results[at["view"]][at["method"]][at["set"]][at["metric"]]
+                if results.get("split", "test") != at.get("split", "test"):
+                    raise ValueError(f"numbers of the {results['split']} split")
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{file} has no {at['view']}, {at['method']}, {at['set']}, "
+                                 f"{at['metric']} ({error}): evaluate that run again") from error
+            used[run] = {k: v for k, v in results.items() if k not in (*LABELINGS, "subsets", "cost")}
+        return values
+
     for table in tables:
         for row in table["rows"]:
-            files = sorted(Path(folder).glob(f"{row['runs']}/results.json"))
-            row["runs"], row["ours"] = [str(f.parent.relative_to(folder)) for f in files], []
-            found = [json.loads(file.read_text()) for file in files]
-            for column in table["columns"]:
-                at = {**table, **row, **column}
-                row["ours"].append([r[at["view"]][at["method"]][at["set"]][at["metric"]] for r in found])
-            for run, r in zip(row["runs"], found):
-                used[run] = {k: v for k, v in r.items() if k not in (*LABELINGS, "subsets", "cost")}
+            row["ours"] = [read({**table, **row, **column}) for column in table["columns"]]
     if not used:
         raise OSError(f"{folder} holds none of the runs that results/paper.json names")
     Path(out).mkdir(parents=True, exist_ok=True)
@@ -568,15 +635,15 @@ def render(table):
         f"paper's {c['head']}" for c in columns]
     lines = [head, ["---"] * len(head)]
     for row in table["rows"]:
-        cells = []
-        for column, values in zip(columns, row["ours"]):
-            digits, scale = column.get("digits", 2), column.get("scale", 100)
-            values = scale * np.array(values)
-            cells.append("–" if not len(values) else f"{values.mean():.{digits}f}" + (
-                f" ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else ""))
+        cells, digits = [], [column.get("digits", 2) for column in columns]
+        for column, values, d in zip(columns, row["ours"], digits):
+            values = column.get("scale", 100) * np.array(list(values.values()))
+            cells.append("–" if not len(values) else f"{values.mean():.{d}f}" + (
+                f" ± {values.std(ddof=1):.{d}f}" if len(values) > 1 else ""))
         theirs = row.get("paper") or [None] * len(columns)
-        cells += paper * [("–" if v is None else str(v)) for v in theirs]
-        lines.append([row["label"], str(len(row["runs"])), *cells])
+        cells += paper * ["–" if v is None else v if isinstance(v, str) else f"{v:.{d}f}"
+                          for v, d in zip(theirs, digits)]
+        lines.append([row["label"], str(len(row["ours"][0])), *cells])
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
@@ -589,7 +656,7 @@ def write_results(out, results, args):
                    revision=source_revision(), versions=dict(
                        python=platform.python_version(),
                        **{p: version(p) for p in ("torch", "torchvision", "scikit-learn", "numpy")}),
-                   device=str(args.device))
+                   device=str(args.device), threads=torch.get_num_threads(), processes=WORLD)
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "results.json", json.dumps(results, indent=1) + "\n")
 
@@ -611,7 +678,7 @@ def report(args, out, detector, settings, scored, steps, subsets, n_held):
                                   if len(s["label"]) > n[k]},
         n_held_out=n_held, classifier=args.classifier or "classifier.pt",
         mask=dict(style=detector.mask_style, ratio=detector.mask_ratio, seed=detector.seed,
-                  masks=detector.masks), scorers=list(detector.scorers), shares=shares, tpr=TPR,
+                  masks=detector.masks), bf16=args.bf16, scorers=list(detector.scorers), shares=shares, tpr=TPR,
         odin=dict(temperature=ODIN_TEMPERATURE, step=ODIN_STEP), flagged=flagged, **tables,
         subsets=tabulate(scored, subsets, "predicted_labels"))
     write_results(out, results, args)
@@ -632,8 +699,59 @@ def report(args, out, detector, settings, scored, steps, subsets, n_held):
     print(f"{out}/results.json, scores.csv, detector.pt, panels.png, masks.png, histograms.png, roc.png")
 
 
-def main(argv=None):
+def evaluate(args):
     """Calibrate and save the detector, score every set, write and print the numbers."""
+    out, batch = Path(args.out or args.run), args.batch_size or 256
+    G, settings, train = load_run(args)
+    classes = settings["classes"]
+    classifier, about = load_classifier(args.classifier or Path(args.run, "classifier.pt"),
+                                        args.device, classes)
+    scorers, steps = make_scorers(args.scorers or SCORERS[kind_of(settings["data"])], args.run,
+                                  settings, args.device)
+    detector = MoodCat(G, scorers, args.mask_ratio or settings["mask_ratio"],
+                       args.mask_style or settings["mask_style"], args.seed or 0, args.masks or 1,
+                       args.bf16)
+    sets = gather_sets(args, settings, train)
+
+    # everything is fixed on held-out training images at y = C(x)
+    x, names = train.x[train.held], train.names[train.held.cpu()]
+    held = score_set(detector, classifier, x, train.y[train.held], "held-out", batch)
+    second = held["second"][::2]
+    wrong = dict(label=held["label"][::2], prediction=second, **{
+        k: s.cpu() for k, s in detector.score(to_float(x[::2]), second).items()})
+    scored = {name: score_set(detector, classifier, x, labels, name, batch)
+              for name, (x, labels, _) in sets.items()} if len(sets) > 1 else {}
+    if RANK > 0:  # one process has every score now, and writes
+        return
+    detector.calibration, subsets = add_cascades({**scored, "held-out": held}, held, wrong,
+                                                 list(scorers))
+    detector.save(out / "detector.pt")
+    if not scored:
+        print(f"{out}/detector.pt is calibrated; for numbers, name OOD sets after --ood")
+        return
+    report(args, out, detector, settings, scored, dict(steps, classifier=about["steps"]), subsets,
+           len(names))
+    write_csv(out / "scores.csv", {**scored, **dict(zip(CALIBRATION, (held, wrong)))},
+              {**{k: s[2] for k, s in sets.items()}, **dict(zip(CALIBRATION, (names, names[::2])))},
+              classes)
+    draw(out, detector, sets, scored, classes)
+
+
+def draw(out, detector, sets, scored, classes):
+    """Every picture of an evaluation."""
+    threshold = detector.calibration["threshold"]
+    blocks = pick_blocks(sets, scored, threshold)
+    draw_panel(out / "panels.png", blocks, detector, classes)
+    strange, label = blocks[1][1][0], int(blocks[1][2][0])
+    x, y, _ = sets["in-distribution"]  # Figure 4 wants an image of the same class, if there is one
+    alike = x[(y == label).long().argmax()]
+    draw_masks(out / "masks.png", detector.generator, alike, strange, label, classes)
+    draw_scores(out, scored, [m for m in ("MSP", "ODIN", "EBO", *detector.scorers, "cascade")
+                              if m in scored["in-distribution"]], threshold)
+
+
+def main(argv=None):
+    """Read the command line."""
     parser = Parser(__doc__).masking()
     add = parser.add_argument
     add("--ood", nargs="+", default=[], metavar="SET",
@@ -655,54 +773,15 @@ def main(argv=None):
     add("--tables", metavar="FOLDER", help="fill the paper's tables from the runs below a folder")
     args = parser.parse_args(argv)
     args.argv = sys.argv[1:] if argv is None else argv
-    if args.images:
-        return judge_images(args)
-    if args.bench:
-        return bench(args)
-    if args.tables:
-        return gather_tables(args.tables, args.out or "results")
+    for mode, work in (("images", judge_images), ("bench", bench), ("tables", gather_tables)):
+        if getattr(args, mode):
+            for flag in ("ood", "scood", "scorers", "masks", "classifier", "dev", "mask_style"):
+                if getattr(args, flag):
+                    parser.error(f"--{mode} goes without --{flag.replace('_', '-')}")
+            return work(args)
     if args.classifier and not args.out:
         parser.error("--classifier needs --out: RUN/detector.pt belongs to RUN/classifier.pt")
-    out, batch = Path(args.out or args.run), args.batch_size or 256
-
-    # the nets, and everything fixed on held-out training images at y = C(x)
-    G, settings, train = load_run(args)
-    classes = settings["classes"]
-    classifier, _ = load_classifier(args.classifier or Path(args.run, "classifier.pt"), args.device,
-                                    classes)
-    scorers, steps = make_scorers(args.scorers or SCORERS[kind_of(settings["data"])], args.run,
-                                  settings, args.device)
-    detector = MoodCat(G, scorers, args.mask_ratio or settings["mask_ratio"],
-                       args.mask_style or settings["mask_style"], args.seed or 0, args.masks or 1)
-    sets = gather_sets(args, settings, train)
-    x, names = train.x[train.held], train.names[train.held.cpu()]
-    held = score_set(detector, classifier, x, train.y[train.held], "held-out", batch)
-    second = held["second"][::2]
-    wrong = dict(label=held["label"][::2], prediction=second, **{
-        k: s.cpu() for k, s in detector.score(to_float(x[::2]), second).items()})
-
-    scored = {name: score_set(detector, classifier, x, labels, name, batch)
-              for name, (x, labels, _) in sets.items()} if len(sets) > 1 else {}
-    if RANK > 0:  # one process has every score now, and writes
-        return
-    detector.calibration, subsets = add_cascades(scored, held, wrong, list(scorers))
-    detector.save(out / "detector.pt")
-    if not scored:
-        print(f"{out}/detector.pt is calibrated; for numbers, name OOD sets after --ood")
-        return
-    report(args, out, detector, settings, scored, steps, subsets, len(names))
-    write_csv(out / "scores.csv", {**scored, **dict(zip(CALIBRATION, (held, wrong)))},
-              {**{k: s[2] for k, s in sets.items()}, **dict(zip(CALIBRATION, (names, names[::2])))},
-              classes)
-
-    threshold = detector.calibration["threshold"]
-    blocks = pick_blocks(sets, scored, threshold)
-    draw_panel(out / "panels.png", blocks, detector, classes)
-    strange, label = blocks[1][1][0], int(blocks[1][2][0])
-    alike = torch.nonzero(sets["in-distribution"][1] == label)[0, 0]
-    draw_masks(out / "masks.png", G, sets["in-distribution"][0][alike], strange, label, classes)
-    draw_scores(out, scored, [m for m in ("MSP", "ODIN", "EBO", *scorers, "cascade")
-                              if m in scored["in-distribution"]], threshold)
+    evaluate(args)
 
 
 if __name__ == "__main__":

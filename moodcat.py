@@ -50,8 +50,8 @@ def random_mask(x, ratio=(0.1, 0.3), style="random", generator=None):
     x: (B, C, H, W); ratio: share of the area to remove, a range or one number; generator: a CPU
     torch.Generator (None: the global one). Returns x_m (B, C, H, W), mid-grey (0) where removed,
     and mask (B, 1, H, W) bool, True = removed. Styles (Table 11): "random", a rectangle of its own
-    for each image; "none"; "fixed", a centred square (a range: its middle); "patch", that share of a 4x4 grid;
-    "shuffle", the grid's squares permuted, nothing removed. Raises ValueError.
+    for each image; "none"; "fixed", a centred square (a range: its middle); "patch", that share of a
+    4x4 grid; "shuffle", the grid's squares permuted, nothing removed. Raises ValueError.
     """
     draws = torch.rand(len(x), DRAWS, generator=generator)  # all the randomness there is
     return _mask_by(draws, x, ratio, style)
@@ -516,15 +516,16 @@ class MoodCat:
     callable (x, x') -> distance (B,) such as LPIPS() and DISTS(). mask_ratio and mask_style go to
     random_mask; a score is the mean over `masks` of them (the paper: 1). The masks of an image depend
     on the seed and that image's pixels alone, so it gets the same score in any batch, order or process.
+    bf16: Generator and BinaryScorer compute in bfloat16.
     """
 
     def __init__(self, generator, scorers, mask_ratio=(0.1, 0.3), mask_style="random", seed=0,
-                 masks=1):
+                 masks=1, bf16=False):
         if not scorers:
             raise ValueError("a detector needs at least one scorer")
         self.generator, self.scorers = generator, dict(scorers)
         self.mask_ratio, self.mask_style = mask_ratio, mask_style
-        self.seed, self.masks = seed, masks
+        self.seed, self.masks, self.bf16 = seed, masks, bf16
         self.device = next(generator.parameters()).device
         for net in (generator, *self.scorers.values()):
             if isinstance(net, nn.Module):
@@ -551,7 +552,8 @@ class MoodCat:
     def synthesise(self, x, y, draw=0):
         """x (B, C, H, W) in [-1, 1], y (B,) -> x_m, x', both (B, C, H, W), with the draw-th mask."""
         x_m, _ = self.mask(x, draw)
-        return x_m, self._generator(x_m, y)[0]
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            return x_m, self._generator(x_m, y)[0].float()
 
     @torch.no_grad()
     def score(self, x, y):
@@ -576,7 +578,8 @@ class MoodCat:
                 _, x_fake = self.synthesise(x[part], y[part], draw)
                 for name, scorer in self._scorers.items():
                     if isinstance(scorer, BinaryScorer):
-                        value = scorer(x[part], x_fake, y[part])
+                        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+                            value = scorer(x[part], x_fake, y[part]).float()
                     else:
                         value = scorer(x[part], x_fake) * (1 if scorer is ssim else -1)
                     scores[name][part] += value / self.masks
@@ -640,7 +643,7 @@ class MoodCat:
             kind="detector", settings=self.generator.settings, scorers=scorers,
             weights=self.generator.state_dict(), calibration=self.calibration,
             mask=dict(mask_ratio=self.mask_ratio, mask_style=self.mask_style, seed=self.seed,
-                      masks=self.masks)))
+                      masks=self.masks, bf16=self.bf16)))
 
     @classmethod
     def load(cls, path, device="cpu"):

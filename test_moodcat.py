@@ -27,7 +27,7 @@ import moodcat
 import train_gen
 import train_scorer
 from evaluate import ood_metrics
-from moodcat import (DISTS, LPIPS, MASK_STYLES, BinaryScorer, ConditionalBatchNorm, Decoder, DownBlock,
+from moodcat import (DISTS, LPIPS, BinaryScorer, ConditionalBatchNorm, Decoder, DownBlock,
                      Encoder, Generator, MoodCat, UNetDiscriminator, UpBlock, discriminator_loss, generator_loss,
                      hinge_loss, kl_divergence, load_checkpoint, random_mask, save_checkpoint, ssim)
 
@@ -937,17 +937,17 @@ def test_pseudo_labels_are_never_the_sampled_wrong_labels(run, folder, tmp_path,
     assert "holds no images" in complaint(train_scorer.main, [*argv, "--extra", str(fresh)])
 
 
-def by_hand(inside, ood, oracle_inside):
+def by_hand(inside, ood, oracle_inside, oracle_ood=None):
     """A set of scores for tabulate: (label, prediction, score) of each image."""
     label, prediction, score = zip(*inside, *((-1, 0, s) for s in ood))
-    oracle = [*oracle_inside, *(s - 10 for s in ood)]
+    oracle = [*oracle_inside, *(oracle_ood or ood)]
     return {k: torch.tensor(v) for k, v in dict(
         label=label, prediction=prediction, cb=score, **{"oracle cb": oracle}).items()}
 
 
 def test_a_scood_table_by_hand():
     test = by_hand([(0, 0, 5.0), (1, 1, 4.0), (1, 0, 1.0)], [], [5.0, 4.0, 3.5])
-    mixed = by_hand([(1, 1, 3.0), (0, 1, 2.0)], [0.0, 2.5], [3.0, 3.2])
+    mixed = by_hand([(1, 1, 3.0), (0, 1, 2.0)], [0.0, 2.5], [2.2, 3.2], [0.0, 3.3])
     pure = by_hand([], [0.5, 6.0, 7.0], [])
     scored = {"in-distribution": test, "mixed": mixed, "pure": pure}
     rows = evaluate.tabulate(scored, {"cb": "cb"}, "predicted_labels")["cb"]
@@ -959,8 +959,14 @@ def test_a_scood_table_by_hand():
     assert rows["mean"]["auroc"] == pytest.approx((8 / 10 + 3 / 9) / 2)
     assert rows["std"]["auroc"] == pytest.approx((8 / 10 - 3 / 9) / 2**0.5)
     auroc = lambda labeling: evaluate.tabulate(scored, {"cb": "cb"}, labeling)["cb"]["mixed"]["auroc"]
-    assert auroc("oracle_labels") == 1  # OOD scores 10 lower
-    assert auroc("true_in_distribution") == 1  # 5 4 3.5 3 3.2 against 2.5 0
+    assert auroc("predicted_labels") == pytest.approx(8 / 10)
+    assert auroc("oracle_labels") == pytest.approx(8 / 10)  # 5 4 3.5 3.2 2.2 against 3.3 0
+    assert auroc("true_in_distribution") == pytest.approx(9 / 10)  # ... against 2.5 0
+    scored["mixed"]["oracle cb"][2:] += 100  # the OOD images' oracle scores, for one labeling alone
+    assert auroc("oracle_labels") == 0 and auroc("true_in_distribution") == pytest.approx(9 / 10)
+    test["oracle cb"] -= 100  # in-distribution, the true label: for two
+    assert auroc("true_in_distribution") == pytest.approx(3 / 10)  # 3.2 2.2 and three below all
+    assert auroc("predicted_labels") == pytest.approx(8 / 10)
 
 
 @pytest.fixture
@@ -1008,11 +1014,20 @@ def test_evaluate_on_a_scood_tree(run, scood, tmp_path, capsys):
     for words, bad in (("test_odd.txt, line 44: ", good + "odd/3.png\n"),
                        ("line 44: .*sc_label", good + 'a.png {"label": 3}\n'),
                        ("line 44: sc_label 6 is not in -1 to 5", good + 'a.png {"sc_label": 6}\n'),
+                       ("line 44: sc_label True", good + 'a.png {"sc_label": true}\n'),
+                       ("line 44: sc_label 3.0", good + 'a.png {"sc_label": 3.0}\n'),
+                       ("test_odd.txt is empty", ""),
                        ("1 of 44 images cannot be read.*nowhere.png", good + 'nowhere.png {"sc_label": -1}\n')):
         lists.write_text(bad)
         assert re.search(words, complaint(evaluate.main, argv)), words
-    assert "must hold images/ and lists" in complaint(
-        evaluate.main, [*argv[:-4], "--scood", str(tmp_path)])
+    lists.write_bytes(good.encode() + b"\xff.png {}\n")
+    assert "test_odd.txt, line 44: " in complaint(evaluate.main, argv)
+    lists.rename(lists.with_name("test_unknown.txt")).write_text(good)
+    assert "there is a set 'unknown' already" in complaint(evaluate.main, argv)
+    must = "must hold images/ and, for 6 classes, lists"
+    assert must in complaint(evaluate.main, [*argv[:-4], "--scood", str(tmp_path)])
+    lists.parent.rename(lists.parent.with_name("benchmark_cifar10"))  # labels of another task
+    assert must in complaint(evaluate.main, argv)
 
 
 def test_subsets_of_scorers_score_as_each_subset_alone(run, tmp_path):
@@ -1037,13 +1052,22 @@ def test_subsets_of_scorers_score_as_each_subset_alone(run, tmp_path):
     assert torch.equal(scored["some"]["oracle a+c"], two["some"]["oracle cascade"])
 
 
-def test_the_saved_detector_scores_as_the_table(run):
+def test_the_table_holds_the_saved_detectors_scores(run):
     with open(run / "scores.csv") as file:
-        rows = [r for r in csv.DictReader(file) if r["set"] == "unknown"]
-    x = train_gen.to_float(train_gen.Split(digits_settings(), "test", "cpu").unknown)
-    scores = MoodCat.load(run / "detector.pt").score(x, torch.tensor([int(r["prediction"]) for r in rows]))
-    for name, value in scores.items():
-        assert torch.allclose(value.double(), torch.tensor([float(r[name]) for r in rows]).double(), atol=1e-3)
+        rows = list(csv.DictReader(file))
+    detector, split = MoodCat.load(run / "detector.pt"), train_gen.Split(digits_settings(), "test", "cpu")
+    column = lambda name, which: torch.tensor([float(r[name]) for r in rows if r["set"] == which])
+    random = torch.randint(6, (238,), generator=torch.Generator().manual_seed(0))
+    for which, x, prefix, y in (
+            ("unknown", split.unknown, "", column("prediction", "unknown").long()),
+            ("in-distribution", split.x, "", column("prediction", "in-distribution").long()),
+            ("in-distribution", split.x, "oracle ", split.y), ("unknown", split.unknown, "oracle ", random)):
+        for name, value in detector.score(train_gen.to_float(x), y).items():
+            assert torch.allclose(value.float(), column(prefix + name, which), atol=1e-3), (which, prefix, name)
+    train = train_gen.Split(digits_settings(), "train", "cpu")
+    x, second = train_gen.to_float(train.x[train.held][::2]), column("prediction", "second guess").long()
+    assert torch.allclose(detector.score(x, second)["cb"], column("cb", "second guess"), atol=1e-4)
+    assert (second != column("prediction", "held-out").long()[::2]).all()
 
 
 def test_masks_are_averaged(run, tmp_path):
@@ -1073,7 +1097,10 @@ def test_masking_of_the_training_reaches_scorer_and_evaluation(tmp_path, monkeyp
     train_scorer.main([*run, "--steps", "2", "--classifier-steps", "2"])
     assert set(seen) == {("patch", (0.3, 0.3))}
     evaluate.main(["--run", str(tmp_path), "--device", "cpu"])
-    assert MoodCat.load(tmp_path / "detector.pt").mask_style == "patch"
+    detector = MoodCat.load(tmp_path / "detector.pt")
+    assert detector.mask_style == "patch" and detector.mask_ratio == [0.3, 0.3]
+    evaluate.main(["--run", str(tmp_path), "--device", "cpu", "--seed", "5"])
+    assert MoodCat.load(tmp_path / "detector.pt").seed == 5
 
 
 def test_another_classifier_needs_no_training(run, tmp_path, capsys):
@@ -1102,8 +1129,9 @@ def test_open_set_splits_are_disjoint_and_reproducible(monkeypatch):
     assert tens == [evaluate.animals(f"cifar+10:{i}") for i in range(5)]
     assert all(len(set(ten)) == 10 and set(ten) < set(evaluate.animals("cifar+50")) for ten in tens)
     assert len({tuple(ten) for ten in tens}) == 5
-    with pytest.raises(ValueError, match="cifar.10:0 to"):
-        evaluate.animals("cifar+10")
+    for wrong in ("cifar+10", "cifar+10:7", "cifar+50:1", "cifar+20:1"):
+        with pytest.raises(ValueError, match="cifar.10:0 to"):
+            evaluate.animals(wrong)
 
     class Cifar100(list):  # an image of each class, its index in the pixels
         class_to_idx = {name: i for i, name in enumerate(sorted([*evaluate.ANIMALS, "bus", "oak_tree"]))}
@@ -1126,7 +1154,9 @@ def test_open_set_splits_are_disjoint_and_reproducible(monkeypatch):
 
 
 def test_bench_counts_what_the_paper_counts(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(evaluate, "BENCH_SECONDS", 0)
+    for name, value in dict(BENCH_SECONDS=0, BENCH_REPEATS=1, BENCH_MATRIX=64,
+                            BENCH_BATCHES=dict.fromkeys(evaluate.BENCH_BATCHES, [2])).items():
+        monkeypatch.setattr(evaluate, name, value)
     evaluate.main(["--bench", "--batch-size", "2", "--device", "cpu", "--out", str(tmp_path)])
     cost = {k: v["an image"] for k, v in json.loads((tmp_path / "results.json").read_text())["cost"].items()}
     basic = cost["E, D, C_b, 1 mask"]
@@ -1138,7 +1168,11 @@ def test_bench_counts_what_the_paper_counts(monkeypatch, tmp_path, capsys):
     assert abs(cost["classifier: ResNet-18"]["macs"] / 0.556 - 1) < 0.01
     vgg = cost["VGG16, under LPIPS or DISTS"]
     assert abs(vgg["params"] / 14.715 - 1) < 0.001 and abs(vgg["macs"] / 0.630 - 1) < 0.01
+    assert cost["E, D, C_b and two VGG16"]["params"] == pytest.approx(basic["params"] + 2 * vgg["params"])
     assert all(c["rate"] > 0 for c in cost.values()) and "ResNet-18" in capsys.readouterr().out
+    for step, counted in evaluate.COUNTED.items():
+        c = cost[f"{step}, batch 2"]
+        assert c["share"] == pytest.approx(c["rate"] * counted / c["peak"])
 
 
 def test_tables_gather_runs(run, tmp_path, capsys):
@@ -1151,8 +1185,13 @@ def test_tables_gather_runs(run, tmp_path, capsys):
     text = (tmp_path / "TABLES.md").read_text()
     assert re.search(r"\| cascade \| 2 \| .*\| 91.00 ± 1.41 \|", text)
     assert re.search(r"\| cascade, Mean \| 0 \|( – \|)+ 38.83 \| 91.39 \|", text)  # no run here
-    assert "holds none of the runs" in complaint(
-        evaluate.main, ["--tables", str(tmp_path / "empty"), "--out", str(tmp_path)])
+    argv = ["--tables", str(tmp_path / "runs"), "--out", str(tmp_path)]
+    assert "holds none of the runs" in complaint(evaluate.main, [argv[0], str(tmp_path / "empty"), *argv[2:]])
+    results = tmp_path / "runs" / "digits" / "base-1" / "results.json"
+    good = json.loads(results.read_text())
+    for bad in ("{", "[]", json.dumps(dict(good, predicted_labels={})), json.dumps(dict(good, split="dev"))):
+        results.write_text(bad)
+        assert "base-1/results.json has no predicted_labels, MSP" in complaint(evaluate.main, argv)
 
 
 # --- several processes -------------------------------------------------------------------------
@@ -1311,6 +1350,9 @@ def test_mistakes_end_in_one_line(run, folder, tmp_path, capsys):
     assert "40 are the least" in complaint(gen, [*new, "--data", few])
     (broken / "train" / "b" / "zero.png").touch()
     for words, main, argv in (
+            ("--images goes without --classifier", eva, [*old, "--images", few, "--classifier", "x.pt"]),
+            ("--unknown-classes goes with", sco, [*old, "--unknown-classes", "7"]),
+            ("--mask-ratio takes one number", gen, [*new, "--mask-ratio", "0.3", "0.1"]),
             ("nowhere/train does not exist", gen, [*new, "--data", "nowhere"]),
             ("1 class folder", gen, [*new, "--data", str(one)]),
             ("1 of 3 images cannot be read, the first is", gen, [*new, "--data", few]),
@@ -1363,22 +1405,21 @@ HERE = Path(__file__).parent
 
 
 def test_the_readme_shows_what_was_measured():
-    tables = json.loads((HERE / "results" / "tables.json").read_text())["tables"]
+    saved = json.loads((HERE / "results" / "tables.json").read_text())
+    spec = json.loads((HERE / "results" / "paper.json").read_text())
     text, readme = ((HERE / name).read_text() for name in ("results/TABLES.md", "README.md"))
-    for table in tables:
+    for table in saved["tables"]:
         assert f"## {table['title']}\n\n{table['note']}\n\n{evaluate.render(table)}" in text
     shown = re.findall(r"<!-- (.+) -->\n((?:\|.*\n)+)", readme)
-    assert len(shown) >= 3 and len(re.findall(r"^\| ---", readme, re.M)) == len(shown) + 2
+    assert len(shown) >= 4 and len(re.findall(r"^\| ---", readme, re.M)) == len(shown) + 2
     for title, rows in shown:
-        assert rows == evaluate.render(next(t for t in tables if t["title"] == title)), title
-
-
-def test_no_number_of_the_tables_lacks_its_run():
-    saved = json.loads((HERE / "results" / "tables.json").read_text())
-    for table in saved["tables"]:
+        assert rows == evaluate.render(next(t for t in saved["tables"] if t["title"] == title)), title
+    for table in saved["tables"]:  # every number has its run; nothing else differs from the paper's file
         for row in table["rows"]:
-            assert len(row["ours"]) == len(table["columns"])
-            assert all(len(values) == len(row["runs"]) for values in row["ours"])
-            for run in row["runs"]:
-                assert saved["runs"][run]["command"].startswith("python evaluate.py")
-                assert "n" in saved["runs"][run] and "revision" in saved["runs"][run]
+            ours = row.pop("ours")
+            assert len(ours) == len(table["columns"])
+            for run in {run for values in ours for run in values}:
+                about = saved["runs"][run]
+                assert about["command"].startswith("python evaluate.py") and about["n"]
+                assert "revision" in about and "versions" in about
+    assert saved["tables"] == spec

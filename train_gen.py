@@ -220,6 +220,8 @@ class Parser(argparse.ArgumentParser):
         add("--seed", type=int, help="[0]")
         add("--device", help="[cuda where there is one, otherwise cpu]")
         add("--batch-size", type=int, help="[digits 64, otherwise 96]")
+        add("--bf16", action="store_true",
+            help="nets in bfloat16: twice as fast where the hardware has it")
 
     def training(self):
         """The flags of the two training scripts."""
@@ -228,8 +230,6 @@ class Parser(argparse.ArgumentParser):
         length.add_argument("--minutes", type=float, help="or stop after this long")
         self.add_argument("--resume", action="store_true",
                           help="go on where RUN stopped, with its settings")
-        self.add_argument("--bf16", action="store_true",
-                          help="nets in bfloat16: twice as fast where the hardware has it")
         return self
 
     def masking(self):

@@ -103,28 +103,30 @@ def load_program(blob, device):
                 return load(io.BytesIO(blob))
             except Exception:  # each loader fails in its own way on the other's files
                 continue
-    raise ValueError("the classifier is neither a TorchScript nor a torch.export file")
+    raise ValueError("the classifier is neither a TorchScript nor a torch.export file (nor a run's "
+                     "classifier.pt under that name)")
 
 
 def load_classifier(path, device, classes=None):
     """A run's classifier.pt, or a program under any other name -> callable, images (B, C, S, S) in
-    [-1, 1] to logits (B, K), and its class names, which must be `classes` where those are given and
-    which a program lacks. Raises OSError or ValueError."""
+    [-1, 1] to logits (B, K), and the steps and class names of a run's, which must be `classes` where
+    those are given. Raises OSError or ValueError."""
     path = Path(path)
-    if not path.exists():
+    if not path.is_file():
         raise OSError(f"{path} does not exist: run train_scorer.py for a classifier.pt")
-    if path.name != "classifier.pt":
-        return load_program(path.read_bytes(), device), classes
+    if path.name != "classifier.pt":  # a run's has always this name
+        return load_program(path.read_bytes(), device), dict(classes=classes, steps=None)
     saved = load_checkpoint(path, "classifier", device)
     settings = saved["settings"]
     if classes and settings["classes"] != classes:
         raise ValueError(f"{path} was trained on the classes {', '.join(settings['classes'])}, not "
                          f"{', '.join(classes)}")
+    about = dict(classes=settings["classes"], steps=saved.get("step"))
     if "program" in saved:
-        return load_program(saved["program"].cpu().numpy().tobytes(), device), settings["classes"]
+        return load_program(saved["program"].cpu().numpy().tobytes(), device), about
     net = make_classifier(len(settings["classes"]), settings["channels"], settings["stem"])
     load_weights(net, saved["classifier"], path)
-    return net.to(device).eval(), settings["classes"]
+    return net.to(device).eval(), about
 
 
 @torch.no_grad()
@@ -320,6 +322,8 @@ def main(argv=None):
     parser.add_argument("--unknown-classes", nargs="+", metavar="CLASS",
                         help="for --extra unknown [all that are not known]")
     args = parser.parse_args(argv)
+    if args.unknown_classes and args.extra != "unknown":
+        parser.error("--unknown-classes goes with --extra unknown")
     G, settings, split = load_run(args)
     kind, K = kind_of(settings["data"]), len(settings["classes"])
     name = "scorer_extra" if args.extra else "scorer"
