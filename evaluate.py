@@ -376,12 +376,14 @@ def draw_grids(path, grids):
     height = sum(len(rows) * 0.7 + 0.6 for _, rows, _ in grids)
     fig, axes = plt.subplots(len(grids), 1, figsize=(8, height), squeeze=False)
     for ax, (title, rows, names) in zip(axes[:, 0], grids):
-        image = torch.cat([torch.cat(list(row), 2) for row in rows.values()], 1)  # side by side
+        framed = (torch.nn.functional.pad(row, (1, 1, 1, 1), value=1.0) for row in rows.values())
+        image = torch.cat([torch.cat(list(row), 2) for row in framed], 1)  # side by side
         ax.imshow(((image.cpu() + 1) / 2).permute(1, 2, 0).numpy().squeeze(), cmap="gray", vmin=0,
                   vmax=1)
         side = image.shape[2] / len(names)
         ax.set_xticks([side * (i + 0.5) for i in range(len(names))], names)
         ax.set_yticks([side * (i + 0.5) for i in range(len(rows))], list(rows))
+        ax.set_frame_on(False)
         ax.tick_params(length=0, labelsize=8)
         ax.set_title(title, fontsize=9)
     fig.tight_layout()
