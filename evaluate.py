@@ -561,12 +561,14 @@ def bench(args):
         print(f"{name:30s}" + "{params:10.3f}{macs:10.4f}{rate:10.1f}".format(**cost[name]["an image"]))
 
     def generator_iteration(x, y):
+        G.train()
         train_gen.train_step(G, D, opt_g, opt_d, x, random_mask(x)[0], y, 0.1, args.bf16)
 
     def scorer_iteration(x, y):
-        train_scorer.train_step(fast, scorer, opt, x, random_mask(x)[0], y, (y + 1) % 10, None, args.bf16)
+        G.eval()
+        train_scorer.train_step(G, scorer, opt, x, random_mask(x)[0], y, (y + 1) % 10, None, args.bf16)
 
-    G.train(), scorer.train()
+    scorer.train()
     a = torch.randn(2 * (BENCH_MATRIX,), device=device, dtype=torch.bfloat16 if args.bf16 else torch.float)
     work = {"generator iteration": generator_iteration, "C_b iteration": scorer_iteration,
             "inference": detectors[1].score}
@@ -632,19 +634,19 @@ def render(table):
     """A gathered table as Markdown: ours as mean and, of several runs, ± standard deviation (ddof 1);
     the paper's values beside it, where it has any."""
     columns = table["columns"]
-    paper = any("paper" in row for row in table["rows"])
-    head = [table["of"], "runs", *(c["head"] for c in columns)] + paper * [
-        f"paper's {c['head']}" for c in columns]
+    theirs = [row.get("paper", [None] * len(columns)) for row in table["rows"]]
+    known = [i for i in range(len(columns)) if any(values[i] is not None for values in theirs)]
+    head = [table["of"], "runs", *(c["head"] for c in columns),
+            *(f"paper's {columns[i]['head']}" for i in known)]
     lines = [head, ["---"] * len(head)]
-    for row in table["rows"]:
+    for row, values_of_paper in zip(table["rows"], theirs):
         cells, digits = [], [column.get("digits", 2) for column in columns]
         for column, values, d in zip(columns, row["ours"], digits):
             values = column.get("scale", 100) * np.array(list(values.values()))
             cells.append("–" if not len(values) else f"{values.mean():.{d}f}" + (
                 f" ± {values.std(ddof=1):.{d}f}" if len(values) > 1 else ""))
-        theirs = row.get("paper") or [None] * len(columns)
-        cells += paper * ["–" if v is None else v if isinstance(v, str) else f"{v:.{d}f}"
-                          for v, d in zip(theirs, digits)]
+        for v, d in ((values_of_paper[i], digits[i]) for i in known):
+            cells.append("–" if v is None else v if isinstance(v, str) else f"{v:.{d}f}")
         lines.append([row["label"], str(len(row["ours"][0])), *cells])
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
@@ -680,9 +682,9 @@ def report(args, out, detector, settings, scored, steps, subsets, n_held):
                                   if len(s["label"]) > n[k]},
         n_held_out=n_held, classifier=args.classifier or "classifier.pt",
         mask=dict(style=detector.mask_style, ratio=detector.mask_ratio, seed=detector.seed,
-                  masks=detector.masks), bf16=args.bf16, scorers=list(detector.scorers), shares=shares, tpr=TPR,
-        odin=dict(temperature=ODIN_TEMPERATURE, step=ODIN_STEP), flagged=flagged, **tables,
-        subsets=tabulate(scored, subsets, "predicted_labels"))
+                  masks=detector.masks), bf16=args.bf16, scorers=list(detector.scorers),
+        shares=shares, tpr=TPR, odin=dict(temperature=ODIN_TEMPERATURE, step=ODIN_STEP),
+        flagged=flagged, **tables, subsets=tabulate(scored, subsets, "predicted_labels"))
     write_results(out, results, args)
 
     print(f"\n{'DEVELOPMENT SPLIT, not for reporting. ' * args.dev}Predicted labels, y = C(x); "

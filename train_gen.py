@@ -41,7 +41,7 @@ LR_D = 1e-3        # twice the generator's: the authors have four times; keeps D
 BETAS = (0.0, 0.999)
 ADV = 0.5          # image and pixel term, each: realism must not outweigh resemblance
 L1, L2, SSIM = 2.0, 3.0, 5.0  # the authors' weights; in Eq. 6's 1 : 1 : 1 the syntheses stay blurred
-KL = 0.1           # of the sum over z. It decides how much y matters: see the sweep in the README
+KL = 0.1           # of the sum over z. It decides how much y matters: see the sweep in results/TABLES.md
 MASK_RATIO = (0.1, 0.3)       # Table 5; one rectangle an image
 SAVE_SECONDS = 60  # between checkpoints; when they fall changes no result
 LOG_EVERY = 10     # steps
@@ -392,6 +392,8 @@ class Loop:
             print(f"nothing to resume in {self.path}: starting from step 0")
         if RANK == 0:  # it alone writes
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            for unfinished in self.path.parent.glob(f"{self.path.name}*.tmp"):  # of a killed process
+                unfinished.unlink()
             self._trim_log()
 
     def _trim_log(self):
