@@ -25,6 +25,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -36,7 +37,7 @@ import torch.distributed as dist
 import train_gen
 import train_scorer
 from moodcat import (DISTS, LPIPS, BinaryScorer, MoodCat, cascade, fit_cascade, folded,
-                     load_checkpoint, load_weights, random_mask, ssim)
+                     in_half, load_checkpoint, load_weights, random_mask, save_checkpoint, ssim)
 from train_gen import (MASK_RATIO, RANK, WORLD, Parser, Split, build, download, fit_image,
                        image_files, kind_of, read_files, run_script, to_float, write_text)
 from train_scorer import load_classifier, load_run, make_classifier, predict
@@ -461,6 +462,10 @@ def draw_scores(run, sets, methods, threshold):
 
 def judge_images(args):
     """--images: a line and a panel column for each of the user's pictures."""
+    shipped = Path(__file__).resolve().parent / "results" / "digits"
+    if args.run == "runs/digits" and not Path(args.run, "detector.pt").exists() and shipped.exists():
+        print(f"no detector in {args.run}; the one in {shipped} judges")
+        args.run, args.out = shipped, args.out or "."
     if not Path(args.run, "detector.pt").exists():
         raise OSError(f"{args.run}/detector.pt does not exist: run evaluate.py --run {args.run} first")
     detector = MoodCat.load(Path(args.run, "detector.pt"), args.device)
@@ -479,7 +484,8 @@ def judge_images(args):
     for i, file in enumerate(files):
         print("\t".join([str(file), classes[y[i]], *(f"{s[i]:.4f}" for s in scores.values()),
                          "OOD" if ood[i] else "in-distribution"]))
-    path = Path(args.run, "images.png")
+    path = Path(args.out or args.run, "images.png")
+    path.parent.mkdir(parents=True, exist_ok=True)
     order = scores["cascade"].argsort()[:12].cpu()
     draw_panel(path, [("your images, the most suspicious first", x[order], y[order].cpu())], detector,
                classes)
@@ -587,8 +593,30 @@ def bench(args):
         print(f"{name:30s}{b:10d}{rate:10.1f}{gflop:10.3f}{rate * COUNTED[name] / peak:10.1%}{peak:10.0f}")
     print("The share counts an image as the authors' step costs it: " + ", ".join(
         f"{name} {gflop} GFLOP" for name, gflop in COUNTED.items()))
+    cost["first score"] = {"an image": dict(seconds=first_score(detectors[1], resnet, x, y, device))}
+    print("From starting Python to the first score of evaluate.py --images: "
+          f"{cost['first score']['an image']['seconds']:.1f} s")
     if args.out:
         write_results(Path(args.out), dict(cost=cost, n=n), args)
+
+
+def first_score(detector, classifier, x, y, device):
+    """Seconds from starting Python to a picture's score, read from files as a user's are."""
+    from torchvision.utils import save_image
+    with tempfile.TemporaryDirectory() as folder:
+        detector.calibrate(x[:40], y[:40]).save(Path(folder, "detector.pt"))
+        save_checkpoint(Path(folder, "classifier.pt"), dict(
+            kind="classifier", classifier=classifier.state_dict(),
+            settings=dict(classes=[str(n) for n in range(10)], channels=3, stem="small")))
+        save_image(x[0], Path(folder, "image.png"))
+        start = time.perf_counter()
+        with subprocess.Popen([sys.executable, "-u", __file__, "--run", folder, "--images", folder,
+                               "--device", str(device)], stdout=subprocess.PIPE, text=True) as process:
+            lines = [next(process.stdout, ""), next(process.stdout, "")]  # head, first image
+            spent = time.perf_counter() - start
+            process.stdout.read()
+    assert "image.png" in lines[1] and process.returncode == 0, lines
+    return spent
 
 
 # ---------------------------------------------------------------------------------------------
@@ -703,6 +731,19 @@ def report(args, out, detector, settings, scored, steps, subsets, n_held):
     print(f"{out}/results.json, scores.csv, detector.pt, panels.png, masks.png, histograms.png, roc.png")
 
 
+def round_nets(args, out, nets, classifier):
+    """--half: every weight becomes its float16 value, so that what is calibrated and measured is what is
+    distributed; writes OUT/classifier.pt."""
+    path = Path(args.run, "classifier.pt")
+    saved = load_checkpoint(path, "classifier")
+    if args.classifier or "program" in saved:
+        raise ValueError("--half needs the classifier that train_scorer.py trains")
+    for net in (*nets, classifier):
+        if isinstance(net, torch.nn.Module):
+            net.load_state_dict(in_half(net.state_dict()))
+    save_checkpoint(out / path.name, dict(saved, classifier=in_half(saved["classifier"]), opt=None))
+
+
 def evaluate(args):
     """Calibrate and save the detector, score every set, write and print the numbers."""
     out, batch = Path(args.out or args.run), args.batch_size or 256
@@ -712,6 +753,8 @@ def evaluate(args):
                                         args.device, classes)
     scorers, steps = make_scorers(args.scorers or SCORERS[kind_of(settings["data"])], args.run,
                                   settings, args.device)
+    if args.half:
+        round_nets(args, out, [G, *scorers.values()], classifier)
     detector = MoodCat(G, scorers, args.mask_ratio or settings["mask_ratio"],
                        args.mask_style or settings["mask_style"], args.seed or 0, args.masks or 1,
                        args.bf16)
@@ -729,7 +772,7 @@ def evaluate(args):
         return
     detector.calibration, subsets = add_cascades({**scored, "held-out": held}, held, wrong,
                                                  list(scorers))
-    detector.save(out / "detector.pt")
+    detector.save(out / "detector.pt", args.half)
     if not scored:
         print(f"{out}/detector.pt is calibrated; for numbers, name OOD sets after --ood")
         return
@@ -768,6 +811,8 @@ def main(argv=None):
     add("--classifier", metavar="FILE",
         help="another classifier, a program or another run's classifier.pt; needs --out")
     add("--out", metavar="FOLDER", help="for the results [RUN; --tables: results]")
+    add("--half", action="store_true",
+        help="round all weights to float16 first and write a small detector.pt and classifier.pt")
     add("--unknown-classes", nargs="+", metavar="CLASS",
         help="the classes of the OOD set 'unknown' [all that are not known]")
     add("--dev", action="store_true",
@@ -783,6 +828,8 @@ def main(argv=None):
                 if getattr(args, flag):
                     parser.error(f"--{mode} goes without --{flag.replace('_', '-')}")
             return work(args)
+    if args.half and not args.out:
+        parser.error("--half needs --out: RUN keeps its own weights")
     if args.classifier and not args.out:
         parser.error("--classifier needs --out: RUN/detector.pt belongs to RUN/classifier.pt")
     evaluate(args)

@@ -494,7 +494,7 @@ def folded(net):
     """A copy of a Generator or BinaryScorer for inference: the same function in eval() with spectral
     norms and the encoder's batch norms multiplied into plain weights."""
     state = {k: v.clone() for k, v in net.state_dict().items()}
-    with torch.device("meta"):  # no initial weights; not deepcopy, whose copy shares what is removed
+    with torch.random.fork_rng(devices=[]):  # built anew: a deepcopy shares what is removed here
         net = type(net)(**net.settings).eval()
     net.load_state_dict(state, assign=True)
     for module in list(net.modules()):
@@ -626,8 +626,9 @@ class MoodCat:
             raise ValueError(f"labels must lie in 0 to {want['num_classes'] - 1}")
         return x.clamp(-1, 1), y.long()
 
-    def save(self, path):
-        """Everything needed to deploy, in one file; LPIPS and DISTS by name. Raises OSError."""
+    def save(self, path, half=False):
+        """Everything needed to deploy, in one file; LPIPS and DISTS by name; half: weights in float16.
+        Raises OSError."""
         scorers = {}
         for name, scorer in self.scorers.items():
             if scorer is ssim:
@@ -636,12 +637,12 @@ class MoodCat:
                 scorers[name] = dict(kind=type(scorer).__name__, settings=scorer.settings)
             elif isinstance(scorer, BinaryScorer):
                 scorers[name] = dict(kind="BinaryScorer", settings=scorer.settings,
-                                     weights=scorer.state_dict())
+                                     weights=in_half(scorer.state_dict(), half))
             else:
                 raise ValueError(f"cannot save scorer {name!r}: a {type(scorer).__name__}")
         save_checkpoint(path, dict(
             kind="detector", settings=self.generator.settings, scorers=scorers,
-            weights=self.generator.state_dict(), calibration=self.calibration,
+            weights=in_half(self.generator.state_dict(), half), calibration=self.calibration,
             mask=dict(mask_ratio=self.mask_ratio, mask_style=self.mask_style, seed=self.seed,
                       masks=self.masks, bf16=self.bf16)))
 
@@ -768,6 +769,12 @@ def save_checkpoint(path, content):
     except OSError as error:
         raise OSError(f"cannot write {path} ({error.strerror}); any earlier {path.name} is whole: "
                       "make room or choose another --run, then go on with --resume") from error
+
+
+def in_half(weights, half=True):
+    """A state dictionary with float16 for every floating-point tensor, to be half the size on disk;
+    load_state_dict widens it again."""
+    return {k: v.half() if half and v.is_floating_point() else v for k, v in weights.items()}
 
 
 def load_checkpoint(path, kind, device="cpu"):

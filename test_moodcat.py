@@ -673,6 +673,42 @@ def test_evaluate_judges_own_images(run, folder, capsys):
     assert (run / "images.png").exists()
 
 
+def test_a_detector_in_half_precision_is_the_one_that_was_measured(run, folder, tmp_path, capsys):
+    argv, out = ["--run", str(run), "--device", "cpu"], tmp_path / "half"
+    assert "--half needs --out" in complaint(evaluate.main, [*argv, "--half"])
+    evaluate.main([*argv, "--half", "--out", str(out)])
+    for name in ("detector", "classifier"):
+        assert (out / f"{name}.pt").stat().st_size < 0.52 * (run / f"{name}.pt").stat().st_size
+    with open(out / "scores.csv") as file:
+        rows = [r for r in csv.DictReader(file) if r["set"] == "unknown"]
+    x = train_gen.Split(digits_settings(), "test", "cpu").unknown
+    classifier, _ = train_scorer.load_classifier(out / "classifier.pt", "cpu")
+    y = train_scorer.predict(classifier, x, 6).argmax(1)
+    scores = MoodCat.load(out / "detector.pt").score(train_gen.to_float(x), y)
+    for name, value in scores.items():
+        assert torch.allclose(value.float(), torch.tensor([float(r[name]) for r in rows]), atol=1e-4), name
+    first, half = (json.loads((f / "results.json").read_text())["predicted_labels"]["cb"]["unknown"]["auroc"]
+                   for f in (run, out))
+    assert first == pytest.approx(half, abs=0.01) and first != half
+    evaluate.main(["--run", str(out), "--images", str(folder / "ood"), "--device", "cpu"])
+    assert "of 8 rejected" in capsys.readouterr().out
+
+
+def test_bfloat16_keeps_the_order_of_the_scores(run):
+    split = train_gen.Split(digits_settings(), "test", "cpu")
+    x = torch.cat([split.x, split.unknown])
+    classifier, _ = train_scorer.load_classifier(run / "classifier.pt", "cpu")
+    y = train_scorer.predict(classifier, x, 6).argmax(1)
+    full = MoodCat.load(run / "detector.pt")
+    half = MoodCat(full.generator, full.scorers, bf16=True)
+    ranks = [{k: s.argsort().argsort().double() for k, s in d.score(train_gen.to_float(x), y).items()}
+             for d in (full, half)]
+    for name in ("cb", "ssim"):
+        a, b = (r[name] for r in ranks)
+        assert not torch.equal(a, b), name  # it did compute otherwise
+        assert torch.corrcoef(torch.stack([a, b]))[0, 1] > 0.999, name
+
+
 def test_one_image_a_dev_split_and_no_ood_set(run, folder, tmp_path, capsys):
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
@@ -1171,10 +1207,11 @@ def test_bench_counts_what_the_paper_counts(monkeypatch, tmp_path, capsys):
     vgg = cost["VGG16, under LPIPS or DISTS"]
     assert abs(vgg["params"] / 14.715 - 1) < 0.001 and abs(vgg["macs"] / 0.630 - 1) < 0.01
     assert cost["E, D, C_b and two VGG16"]["params"] == pytest.approx(basic["params"] + 2 * vgg["params"])
-    assert all(c["rate"] > 0 for c in cost.values()) and "ResNet-18" in capsys.readouterr().out
+    assert all(c["rate"] > 0 for k, c in cost.items() if k != "first score") and "ResNet-18" in capsys.readouterr().out
     for step, counted in evaluate.COUNTED.items():
         c = cost[f"{step}, batch 2"]
         assert c["share"] == pytest.approx(c["rate"] * counted / c["peak"])
+    assert cost["first score"]["seconds"] > 0
 
 
 def test_tables_gather_runs(run, tmp_path, capsys):
