@@ -167,9 +167,13 @@ class Best:
             self.weights = {k: v.detach().clone() for k, v in net.state_dict().items()}
 
 
-def wrong_labels(y, num_classes):
-    """y (N,) -> y' (N,), uniform over the labels that are not y (Figure 3)."""
-    return (y + torch.randint(1, num_classes, y.shape).to(y.device)) % num_classes
+def wrong_labels(y, num_classes, logits=None):
+    """y (N,) -> y' (N,), uniform over the labels that are not y (Figure 3), or, given the classifier's
+    logits (N, K), by its probabilities for those labels: its likeliest mistakes most often."""
+    if logits is None:
+        return (y + torch.randint(1, num_classes, y.shape).to(y.device)) % num_classes
+    others = logits.cpu().scatter(1, y.cpu()[:, None], -math.inf).softmax(1)
+    return torch.multinomial(others, 1)[:, 0].to(y.device)
 
 
 @torch.no_grad()
@@ -203,12 +207,13 @@ def train_step(G, scorer, opt, x, x_m, y, y_not, more=None, bf16=False):
     return loss.detach()
 
 
-def train_scorer(args, settings, split, G, y_wrong, steps, name="scorer", extra=None):
-    """Eq. 2: (x, G(x, y), y) against (x, G(x, y'), y'), y' uniform over the labels that are not y.
-    y_wrong: a wrong label for each held-out image, to measure with. extra (section 3.6): uint8 images
-    (M, C, S, S) without labels and their pseudo labels (M,), more of the second kind of pair: half of
-    each batch. Writes RUN/<name>.pt."""
-    K = len(settings["classes"])
+def train_scorer(args, settings, split, G, y_wrong, steps, logits, extra=None):
+    """Eq. 2: (x, G(x, y), y) against (x, G(x, y'), y') with wrong labels y'. y_wrong: one for each
+    held-out image, to measure with; logits (N, K): the classifier's of the training images. extra
+    (section 3.6): uint8 images (M, C, S, S) without labels and their logits (M, K), more of the second
+    kind of pair: half of each batch. Writes RUN/scorer.pt, or RUN/scorer_extra.pt."""
+    K, likely = len(settings["classes"]), settings["negatives"] == "likely"
+    name = "scorer_extra" if extra else "scorer"
     torch.manual_seed(settings["seed"])
     scorer = BinaryScorer(K, settings["ch"], settings["channels"])
     scorer.to(args.device, memory_format=torch.channels_last)
@@ -235,12 +240,14 @@ def train_scorer(args, settings, split, G, y_wrong, steps, name="scorer", extra=
     for step in loop:
         batch = torch.randint(len(x_all), (settings["batch_size"] - n_extra,)).to(args.device)
         x, y = to_float(x_all[batch]), y_all[batch]
-        y_not = wrong_labels(y, K)
+        y_not = wrong_labels(y, K, logits[batch] if likely else None)
         pairs, more = (x, random_mask(x, **mask)[0], y, y_not), None
         if extra:
             batch = torch.randint(len(extra[0]), (n_extra,)).to(args.device)
-            x, pseudo = to_float(extra[0][batch]), extra[1][batch]
-            more = share(x, random_mask(x, **mask)[0], wrong_labels(pseudo, K))
+            x, guess = to_float(extra[0][batch]), extra[1][batch]
+            x_m, pseudo = random_mask(x, **mask)[0], guess.argmax(1)
+            more = share(x, x_m, pseudo if settings["negatives"] == "pseudo" else
+                         wrong_labels(pseudo, K, guess if likely else None))
         loss = train_step(G, scorer, opt, *share(*pairs), more, settings["bf16"])
         loop.log(loss=loss)
         if (step + 1) % check_every == 0 or step + 1 == steps:
@@ -296,7 +303,7 @@ def store_program(args, settings, split):
 
 
 def unlabeled(args, settings, split, classifier):
-    """--extra -> uint8 images (M, C, S, S) and their pseudo labels (M,), the classifier's predictions."""
+    """--extra -> uint8 images (M, C, S, S) and the classifier's logits (M, K)."""
     if args.extra == "unknown":
         x = split.unknown
         if not len(x):
@@ -304,7 +311,7 @@ def unlabeled(args, settings, split, classifier):
     else:
         x = read_files(image_files(args.extra), settings["channels"], settings["image_size"])
         x = x.to(args.device)
-    return x, predict(classifier, x, len(settings["classes"])).argmax(1)
+    return x, predict(classifier, x, len(settings["classes"]))
 
 
 def main(argv=None):
@@ -321,6 +328,9 @@ def main(argv=None):
                         help="of the ResNet-18: 3x3 with stride 1 or 2 [digits fast, otherwise small]")
     parser.add_argument("--unknown-classes", nargs="+", metavar="CLASS",
                         help="for --extra unknown [all that are not known]")
+    parser.add_argument("--negatives", choices=["uniform", "likely", "pseudo"],
+                        help="wrong labels of C_b's pairs: uniform, the paper's; by the classifier's "
+                             "probabilities; external images under their pseudo label [uniform]")
     args = parser.parse_args(argv)
     if args.unknown_classes and args.extra != "unknown":
         parser.error("--unknown-classes goes with --extra unknown")
@@ -330,7 +340,8 @@ def main(argv=None):
     had = earlier(args, name)
     settings.update({k: had.get(k, default) if given is None else given for k, given, default in (
         ("seed", args.seed, settings["seed"]), ("bf16", args.bf16 or None, False),
-        ("batch_size", args.batch_size, BATCH[kind]))}, extra=args.extra)
+        ("batch_size", args.batch_size, BATCH[kind]), ("negatives", args.negatives, "uniform"))},
+                    extra=args.extra)
     path = Path(args.run, "classifier.pt")
     if not path.exists():  # thresholds belong to a classifier
         Path(args.run, "detector.pt").unlink(missing_ok=True)
@@ -355,7 +366,8 @@ def main(argv=None):
     # the likeliest label that is wrong stands for the classifier's mistakes on OOD images
     y_wrong = logits.scatter(1, y_held[:, None], -math.inf).argmax(1)
     steps = args.steps or (math.inf if args.minutes else STEPS[kind])
-    train_scorer(args, settings, split, G, y_wrong, steps, name, extra)
+    logits = predict(classifier, split.x[~split.held], K) if settings["negatives"] == "likely" else None
+    train_scorer(args, settings, split, G, y_wrong, steps, logits, extra)
 
 
 if __name__ == "__main__":
