@@ -584,6 +584,17 @@ def test_wrong_labels_are_never_right_and_equally_likely():
     assert ((counts[~torch.eye(5, dtype=torch.bool)] / 5000 - 1).abs() < 0.06).all()
 
 
+def test_likely_wrong_labels_follow_the_classifier():
+    torch.manual_seed(0)
+    probability = torch.tensor([0.9, 0.06, 0.03, 0.01])
+    wrong = train_scorer.wrong_labels(torch.zeros(20_000, dtype=torch.long), 4,
+                                      probability.log().expand(20_000, 4))
+    assert torch.allclose(wrong.bincount() / 20_000, torch.tensor([0, 0.6, 0.3, 0.1]), atol=0.015)
+    wrong = train_scorer.wrong_labels(torch.ones(20_000, dtype=torch.long), 4,  # a misclassified image
+                                      probability.log().expand(20_000, 4))
+    assert wrong.bincount()[0] > 0.94 * 20_000 and wrong.bincount()[1] == 0
+
+
 def test_augment_shifts_and_mirrors():
     torch.manual_seed(0)
     x = images(300, 3, 32)
@@ -943,11 +954,14 @@ def test_an_unconditional_generator_ignores_the_label(tmp_path):
 
 
 def test_pseudo_labels_are_never_the_sampled_wrong_labels(run, folder, tmp_path, monkeypatch):
-    copy, plain, seen, masked, sides = tmp_path / "copy", train_scorer.wrong_labels, [], [], []
+    copy, plain = tmp_path / "copy", train_scorer.wrong_labels
+    seen, masked, sides, guesses = [], [], [], []
     shutil.copytree(run, copy)
 
-    def spy(y, num_classes):
-        seen.append((y, plain(y, num_classes)))
+    def spy(y, num_classes, logits=None):
+        seen.append((y, plain(y, num_classes, logits)))
+        if logits is not None:
+            guesses.append((y, logits))
         return seen[-1][1]
 
     monkeypatch.setattr(train_scorer, "wrong_labels", spy)
@@ -967,6 +981,21 @@ def test_pseudo_labels_are_never_the_sampled_wrong_labels(run, folder, tmp_path,
         assert [label_of[image.numpy().tobytes()] for image in x] == y.tolist()
     assert [s for s in sides if s[0] == 8] == [(8, 16)] * 12  # three kinds of pairs, two negative
     assert (copy / "scorer.pt").read_bytes() == (run / "scorer.pt").read_bytes()
+
+    again = [*argv, "--extra", "unknown", "--unknown-classes", "6", "7", "--negatives"]
+    (copy / "scorer_extra.pt").unlink()
+    train_scorer.main([*again, "likely"])  # every wrong label by the classifier's logits for that image
+    assert len(guesses) == 24 and all(torch.equal(y, logits.argmax(1)) for y, logits in guesses[1::2])
+    assert np.mean([torch.equal(y, logits.argmax(1)) for y, logits in guesses[::2]]) > 0.5  # its truth
+    (copy / "scorer_extra.pt").unlink()
+    labels, step = [], train_scorer.train_step
+    monkeypatch.setattr(train_scorer, "train_step", lambda *args: (labels.append(args[7]), step(*args))[1])
+    masked.clear()
+    train_scorer.main([*again, "pseudo"])
+    for x, (_, _, y) in zip(masked[1::2], labels):
+        assert [label_of[image.numpy().tobytes()] for image in x] == y.tolist()
+    assert len(labels) == 12 and "goes with --extra" in complaint(
+        train_scorer.main, [*argv, "--negatives", "pseudo"])
     fresh = tmp_path / "fresh"
     fresh.mkdir()
     shutil.copy(run / "generator.pt", fresh)

@@ -329,11 +329,14 @@ def main(argv=None):
     parser.add_argument("--unknown-classes", nargs="+", metavar="CLASS",
                         help="for --extra unknown [all that are not known]")
     parser.add_argument("--negatives", choices=["uniform", "likely", "pseudo"],
-                        help="wrong labels of C_b's pairs: uniform, the paper's; by the classifier's "
-                             "probabilities; external images under their pseudo label [uniform]")
+                        help="wrong labels for C_b: uniform as in the paper; by the classifier's "
+                             "probabilities; with --extra, external images under their pseudo label "
+                             "[uniform]")
     args = parser.parse_args(argv)
     if args.unknown_classes and args.extra != "unknown":
         parser.error("--unknown-classes goes with --extra unknown")
+    if args.negatives == "pseudo" and not args.extra:
+        parser.error("--negatives pseudo goes with --extra")
     G, settings, split = load_run(args)
     kind, K = kind_of(settings["data"]), len(settings["classes"])
     name = "scorer_extra" if args.extra else "scorer"
