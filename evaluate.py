@@ -36,7 +36,7 @@ import torch.distributed as dist
 
 import train_gen
 import train_scorer
-from moodcat import (DISTS, LPIPS, BinaryScorer, MoodCat, cascade, fit_cascade, folded,
+from moodcat import (DISTS, LPIPS, BinaryScorer, Energy, MoodCat, cascade, fit_cascade, folded,
                      in_half, load_checkpoint, load_weights, random_mask, save_checkpoint, ssim)
 from train_gen import (MASK_RATIO, RANK, WORLD, Parser, Split, build, download, fit_image,
                        image_files, kind_of, read_files, run_script, to_float, write_text)
@@ -107,7 +107,7 @@ def baselines(classifier, x, logits):
 # What to score
 
 
-def make_scorers(names, run, settings, device):
+def make_scorers(names, run, settings, device, classifier):
     """The scorers that --scorers names, and the steps of those that were trained. Raises OSError or
     ValueError."""
     scorers, steps = {}, {}
@@ -133,11 +133,13 @@ def make_scorers(names, run, settings, device):
             scorers[name] = ssim
         elif name == "dists":
             scorers[name] = DISTS()
+        elif name == "energy":
+            scorers[name] = Energy(classifier)
         elif name.split("-")[0] == "lpips":
             scorers[name] = LPIPS(name.partition("-")[2] or "vgg")
         else:
             raise ValueError(f"no scorer {name!r}: cb, cb_extra, lpips, lpips-alex, lpips-squeeze, "
-                             "dists, ssim")
+                             "dists, ssim, energy")
     return scorers, steps
 
 
@@ -285,7 +287,8 @@ def add_cascades(scored, held, wrong, names):
     """To each set of scores the cascade of every subset of two scorers and more (Table 4), under y =
     C(x) and under oracle labels, as columns "a+b" and, for all, "cascade". held, wrong: the held-out
     scores that fit them. Returns the calibration of "cascade" and the subsets, {title: column}."""
-    pick = lambda scores, subset, prefix="": {name: scores[prefix + name] for name in subset}
+    pick = lambda scores, subset, prefix="": {name: scores[prefix + name] for name in subset
+                                              if prefix + name in scores}
     columns = {name: name for name in names}
     for size in range(1, len(names) + 1):
         for subset in itertools.combinations(names, size):
@@ -468,8 +471,8 @@ def judge_images(args):
         args.run, args.out = shipped, args.out or "."
     if not Path(args.run, "detector.pt").exists():
         raise OSError(f"{args.run}/detector.pt does not exist: run evaluate.py --run {args.run} first")
-    detector = MoodCat.load(Path(args.run, "detector.pt"), args.device)
     classifier, about = load_classifier(Path(args.run, "classifier.pt"), args.device)
+    detector = MoodCat.load(Path(args.run, "detector.pt"), args.device, classifier)
     classes = about["classes"]
     want = detector.generator.settings
     files = image_files(args.images)
@@ -752,7 +755,7 @@ def evaluate(args):
     classifier, about = load_classifier(args.classifier or Path(args.run, "classifier.pt"),
                                         args.device, classes)
     scorers, steps = make_scorers(args.scorers or SCORERS[kind_of(settings["data"])], args.run,
-                                  settings, args.device)
+                                  settings, args.device, classifier)
     if args.half:
         round_nets(args, out, [G, *scorers.values()], classifier)
     detector = MoodCat(G, scorers, args.mask_ratio or settings["mask_ratio"],
@@ -765,7 +768,7 @@ def evaluate(args):
     held = score_set(detector, classifier, x, train.y[train.held], "held-out", batch)
     second = held["second"][::2]
     wrong = dict(label=held["label"][::2], prediction=second, **{
-        k: s.cpu() for k, s in detector.score(to_float(x[::2]), second).items()})
+        k: s.cpu() for k, s in detector.score(to_float(x[::2]), second).items() if k != "energy"})
     scored = {name: score_set(detector, classifier, x, labels, name, batch)
               for name, (x, labels, _) in sets.items()} if len(sets) > 1 else {}
     if RANK > 0:  # one process has every score now, and writes
@@ -805,8 +808,8 @@ def main(argv=None):
         help="cifar10, cifar100, svhn, dtd, cifar+10:0 to cifar+10:4, cifar+50 or folders of images")
     add("--scood", metavar="ROOT", help="the SC-OOD benchmark: images/ and imglist/benchmark_*/")
     add("--scorers", nargs="+", metavar="NAME",
-        help="cb cb_extra lpips lpips-alex lpips-squeeze dists ssim [digits: cb ssim, otherwise cb "
-             "lpips dists]")
+        help="cb cb_extra lpips lpips-alex lpips-squeeze dists ssim energy [digits: cb ssim, otherwise "
+             "cb lpips dists]")
     add("--masks", type=int, help="average each score over so many masks [1]")
     add("--classifier", metavar="FILE",
         help="another classifier, a program or another run's classifier.pt; needs --out")

@@ -490,6 +490,17 @@ class DISTS(nn.Module):
 SHARES = 10  # the cascade's budget is shared out in tenths
 
 
+class Energy:
+    """The classifier's energy as one more scorer, a departure from the paper: x, x' (B, C, H, W) -> (B,),
+    minus the log-sum-exp of the logits C(x). x' plays no part."""
+
+    def __init__(self, classifier):
+        self.classifier = classifier
+
+    def __call__(self, x, x_fake):
+        return -self.classifier(x).float().logsumexp(1)
+
+
 def folded(net):
     """A copy of a Generator or BinaryScorer for inference: the same function in eval() with spectral
     norms and the encoder's batch norms multiplied into plain weights."""
@@ -597,7 +608,8 @@ class MoodCat:
             _, y_wrong = self._check(x, y_wrong)
             if bool((y_wrong == y).any()):
                 raise ValueError("y_wrong must hold another label than y")
-            wrong = self._scores(x[0::2], y_wrong[0::2])
+            wrong = {name: s for name, s in self._scores(x[0::2], y_wrong[0::2]).items()
+                     if not isinstance(self.scorers[name], Energy)}
         self.calibration = fit_cascade(self._scores(x, y), wrong, tpr)
         return self
 
@@ -627,12 +639,14 @@ class MoodCat:
         return x.clamp(-1, 1), y.long()
 
     def save(self, path, half=False):
-        """Everything needed to deploy, in one file; LPIPS and DISTS by name; half: weights in float16.
-        Raises OSError."""
+        """Everything needed to deploy beside the classifier, in one file; LPIPS and DISTS by name; half:
+        weights in float16. Raises OSError."""
         scorers = {}
         for name, scorer in self.scorers.items():
             if scorer is ssim:
                 scorers[name] = dict(kind="ssim")
+            elif isinstance(scorer, Energy):
+                scorers[name] = dict(kind="Energy")
             elif isinstance(scorer, (LPIPS, DISTS)):
                 scorers[name] = dict(kind=type(scorer).__name__, settings=scorer.settings)
             elif isinstance(scorer, BinaryScorer):
@@ -647,14 +661,19 @@ class MoodCat:
                       masks=self.masks, bf16=self.bf16)))
 
     @classmethod
-    def load(cls, path, device="cpu"):
-        """The detector that save() wrote. Raises OSError or ValueError."""
+    def load(cls, path, device="cpu", classifier=None):
+        """The detector that save() wrote; classifier: images (B, C, S, S) to logits (B, K), for one with
+        Energy. Raises OSError or ValueError."""
         saved = load_checkpoint(path, "detector", device)
         generator = load_weights(Generator(**saved["settings"]), saved["weights"], path)
         scorers = {}
         for name, part in saved["scorers"].items():
             if part["kind"] == "ssim":
                 scorers[name] = ssim
+            elif part["kind"] == "Energy":
+                if classifier is None:
+                    raise ValueError(f"{path} scores by the classifier's energy, too: give the classifier")
+                scorers[name] = Energy(classifier)
             else:
                 kinds = dict(BinaryScorer=BinaryScorer, LPIPS=LPIPS, DISTS=DISTS)
                 scorers[name] = kinds[part["kind"]](**part["settings"])
@@ -672,17 +691,19 @@ def fit_cascade(scores, wrong=None, tpr=0.95):
     scores {name: (N,)}: held-out in-distribution images under y = C(x); wrong {name: (N / 2,)}: the
     even ones under the classifier's second guess. With `wrong` the even images choose the scorers'
     shares of the rejection budget, right label against wrong, and the odd ones fix ranks and
-    threshold; without, the shares are equal and all images do. Raises ValueError for too few.
+    threshold; a scorer that is not in `wrong`, as no label changes it, keeps an equal share. Without,
+    all shares are equal and all images fix the rest. Raises ValueError for too few.
     """
     scores = {name: s.cpu().double() for name, s in scores.items()}
     shares = {name: 1 / len(scores) for name in scores}
-    if wrong is not None:
+    if wrong:
         right = {name: s[0::2] for name, s in scores.items()}
-        knots = {name: _knots(s) for name, s in right.items()}
-        right = {name: _rank(s, *knots[name]) for name, s in right.items()}
-        wrong = {name: _rank(wrong[name], *knots[name]) for name in scores}
-        shares = max(_all_shares(list(scores)),
-                     key=lambda w: auroc(_cascade(right, w), _cascade(wrong, w)))
+        knots = {name: _knots(right[name]) for name in wrong}
+        right = {name: _rank(right[name], *knots[name]) for name in wrong}
+        wrong = {name: _rank(s, *knots[name]) for name, s in wrong.items()}
+        best = max(_all_shares(list(wrong)),
+                   key=lambda w: auroc(_cascade(right, w), _cascade(wrong, w)))
+        shares.update({name: share * len(wrong) / len(scores) for name, share in best.items()})
         scores = {name: s[1::2] for name, s in scores.items()}
     n = len(next(iter(scores.values())))
     # accepting down to the k-th largest of n accepts a fresh image with probability k / (n + 1)

@@ -705,6 +705,34 @@ def test_a_detector_in_half_precision_is_the_one_that_was_measured(run, folder, 
     assert "of 8 rejected" in capsys.readouterr().out
 
 
+def test_energy_joins_the_cascade(run, folder, tmp_path, capsys):
+    argv = ["--run", str(run), "--device", "cpu", "--out", str(tmp_path)]
+    evaluate.main([*argv, "--scorers", "cb", "ssim", "energy"])
+    with open(tmp_path / "scores.csv") as file:
+        rows = list(csv.DictReader(file))
+    tests = [r for r in rows if r["set"] != "second guess"]
+    for column in ("energy", "oracle energy"):  # no label changes it
+        assert np.allclose([float(r[column]) for r in tests], [float(r["EBO"]) for r in tests], atol=1e-4)
+    before, after = (json.loads((f / "results.json").read_text()) for f in (run, tmp_path))
+    assert after["shares"]["energy"] == pytest.approx(1 / 3)
+    assert after["shares"]["cb"] == pytest.approx(before["shares"]["cb"] * 2 / 3)
+    with pytest.raises(ValueError, match="give the classifier"):
+        MoodCat.load(tmp_path / "detector.pt")
+    classifier, _ = train_scorer.load_classifier(run / "classifier.pt", "cpu")
+    detector = MoodCat.load(tmp_path / "detector.pt", classifier=classifier)
+    x = train_gen.to_float(train_gen.Split(digits_settings(), "train", "cpu").x[:400])
+    first, second = classifier(x).topk(2).indices.T
+    calibration = detector.calibrate(x, first, y_wrong=second).calibration
+    assert calibration["shares"]["energy"] == pytest.approx(1 / 3) and sum(
+        calibration["shares"].values()) == pytest.approx(1)
+    shutil.copy(run / "classifier.pt", tmp_path)
+    evaluate.main(["--run", str(tmp_path), "--images", str(folder / "ood"), "--device", "cpu"])
+    assert "ssim\tenergy\tcascade" in capsys.readouterr().out
+    evaluate.main([*argv, "--scorers", "energy"])
+    again = json.loads((tmp_path / "results.json").read_text())["predicted_labels"]
+    assert again["cascade"]["unknown"]["auroc"] == pytest.approx(again["EBO"]["unknown"]["auroc"])
+
+
 def test_bfloat16_keeps_the_order_of_the_scores(run):
     split = train_gen.Split(digits_settings(), "test", "cpu")
     x = torch.cat([split.x, split.unknown])
