@@ -13,7 +13,7 @@ there are any, and the sets after --ood. The headline uses y = C(x); the authors
 labels for in-distribution, random labels for OOD images) follows under its own name. Ranks, shares
 and threshold of the cascade are fixed on held-out training images: no test image chooses anything.
 Writes into RUN, or --out: detector.pt, results.json, scores.csv (all scores of each image, from which
-every table follows), panels.png, masks.png, histograms.png, roc.png.
+every table follows), panels.png, masks.png, histograms.png, roc.png, curves.png.
 """
 
 import csv
@@ -460,6 +460,24 @@ def draw_scores(run, sets, methods, threshold):
     plt.close(fig)
 
 
+def draw_curves(path, log):
+    """The training log: losses of each phase, and the held-out AUROC between C_b's right and wrong
+    labels, against images seen."""
+    plt, lines = pyplot(), [json.loads(line) for line in log.read_text().splitlines()]
+    phases = list(dict.fromkeys(line["phase"] for line in lines))
+    fig, axes = plt.subplots(1, len(phases), figsize=(4 * len(phases), 3), squeeze=False)
+    for ax, phase in zip(axes[0], phases):
+        own = [line for line in lines if line["phase"] == phase]
+        for name in dict.fromkeys(k for line in own for k in line if k not in ("phase", "step", "images")):
+            seen, values = zip(*((line["images"], line[name]) for line in own if name in line))
+            ax.plot(seen, values, "o-" if name.startswith("pair") else "-", ms=3, lw=0.8, label=name)
+        ax.set(title=phase, xlabel="images seen")
+        ax.legend(fontsize=7)
+    fig.tight_layout()
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
+
+
 # ---------------------------------------------------------------------------------------------
 
 
@@ -731,7 +749,7 @@ def report(args, out, detector, settings, scored, steps, subsets, n_held):
     print(f"\nAt the threshold for {TPR:.0%} TPR on held-out images (shares "
           f"{', '.join(f'{name} {s:.1f}' for name, s in shares.items())}), flagged as OOD: "
           + ", ".join(f"{name} {share:.1%}" for name, share in flagged.items()))
-    print(f"{out}/results.json, scores.csv, detector.pt, panels.png, masks.png, histograms.png, roc.png")
+    print(f"{out}/results.json, scores.csv, detector.pt, panels, masks, histograms, roc, curves.png")
 
 
 def round_nets(args, out, nets, classifier):
@@ -785,6 +803,8 @@ def evaluate(args):
               {**{k: s[2] for k, s in sets.items()}, **dict(zip(CALIBRATION, (names, names[::2])))},
               classes)
     draw(out, detector, sets, scored, classes)
+    if Path(args.run, "log.jsonl").exists():
+        draw_curves(out / "curves.png", Path(args.run, "log.jsonl"))
 
 
 def draw(out, detector, sets, scored, classes):

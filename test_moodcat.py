@@ -672,7 +672,8 @@ def test_evaluate_writes_numbers_that_agree(run):
         assert np.mean(np.array(column("cascade", name)) < threshold) == pytest.approx(share)
     assert len(column("cb", "held-out")) == 2 * len(column("cb", "second guess")) == 180
     assert results["oracle_labels"]["cb"]["unknown"]["auroc"] > results["predicted_labels"]["cb"]["unknown"]["auroc"]
-    for picture in ("panels.png", "masks.png", "histograms.png", "roc.png", "samples_000150.png"):
+    for picture in ("panels.png", "masks.png", "histograms.png", "roc.png", "curves.png",
+                    "samples_000150.png"):
         assert (run / picture).stat().st_size > 1000
 
 

@@ -462,7 +462,8 @@ class Loop:
                              "good weights; lower the learning rate at the top of the script")
         if RANK == 0:
             with open(self.log_path, "a") as file:
-                file.write(json.dumps({"phase": self.name, "step": self.step, **values}) + "\n")
+                file.write(json.dumps({"phase": self.name, "step": self.step, "images": self.step
+                                       * self.settings["batch_size"], **values}) + "\n")
         self.shown = " ".join(f"{k} {v:.3f}" for k, v in values.items())
 
     def _bar(self, start, first):
