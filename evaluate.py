@@ -681,8 +681,9 @@ def gather_tables(args):
 
 def render(table):
     """A gathered table as Markdown: ours as mean and, of several runs, ± standard deviation (ddof 1);
-    the paper's values beside it, where it has any."""
-    columns = table["columns"]
+    the paper's values beside it, where it has any; with table["gain"], in brackets the gain on the
+    first row, run by run in their order."""
+    columns, first = table["columns"], table["rows"][0]
     theirs = [row.get("paper", [None] * len(columns)) for row in table["rows"]]
     known = [i for i in range(len(columns)) if any(values[i] is not None for values in theirs)]
     head = [table["of"], "runs", *(c["head"] for c in columns),
@@ -690,10 +691,14 @@ def render(table):
     lines = [head, ["---"] * len(head)]
     for row, values_of_paper in zip(table["rows"], theirs):
         cells, digits = [], [column.get("digits", 2) for column in columns]
-        for column, values, d in zip(columns, row["ours"], digits):
-            values = column.get("scale", 100) * np.array(list(values.values()))
-            cells.append("–" if not len(values) else f"{values.mean():.{d}f}" + (
-                f" ± {values.std(ddof=1):.{d}f}" if len(values) > 1 else ""))
+        for column, values, before, d in zip(columns, row["ours"], first["ours"], digits):
+            values, before = (column.get("scale", 100) * np.array(list(v.values()))
+                              for v in (values, before))
+            show = lambda v, sign="": f"{v.mean():{sign}.{d}f}" + (
+                f" ± {v.std(ddof=1):.{d}f}" if len(v) > 1 else "")
+            cells.append(show(values) if len(values) else "–")
+            if table.get("gain") and row is not first and len(values) == len(before) > 0:
+                cells[-1] += f" ({show(values - before, '+')})"
         for v, d in ((values_of_paper[i], digits[i]) for i in known):
             cells.append("–" if v is None else v if isinstance(v, str) else f"{v:.{d}f}")
         lines.append([row["label"], str(len(row["ours"][0])), *cells])

@@ -1281,6 +1281,9 @@ def test_tables_gather_runs(run, tmp_path, capsys):
     evaluate.main(["--tables", str(tmp_path / "runs"), "--out", str(tmp_path)])
     text = (tmp_path / "TABLES.md").read_text()
     assert re.search(r"\| cascade \| 2 \| .*\| 91.00 ± 1.41 \|", text)
+    sweep = dict(of="weight", gain=True, columns=[dict(head="AUROC")], rows=[
+        dict(label="1", ours=[dict(a=0.9, b=0.8)]), dict(label="2", ours=[dict(a=0.91, b=0.83)])])
+    assert "| 2 | 2 | 87.00 ± 5.66 (+2.00 ± 1.41) |" in evaluate.render(sweep)
     assert re.search(r"\| cascade, Mean \| 0 \|( – \|)+ 38.83 \| 91.39 \|", text)  # no run here
     argv = ["--tables", str(tmp_path / "runs"), "--out", str(tmp_path)]
     assert "holds none of the runs" in complaint(evaluate.main, [argv[0], str(tmp_path / "empty"), *argv[2:]])
