@@ -47,6 +47,7 @@ from train_scorer import load_classifier, load_run, make_classifier, predict
 
 SCORERS = dict(digits=["cb", "ssim"], colour=["cb", "lpips", "dists"])  # colour: the paper's
 TPR = 0.95                   # share of in-distribution images to accept
+DEV_UNKNOWN = 2000           # --dev takes that many OOD images at the most, evenly spaced
 ODIN_TEMPERATURE = 1000.0    # its paper's defaults; its step of 0.0014 is for images in [0, 1], ...
 ODIN_STEP = 2 * 0.0014       # ... ours span twice that
 # which labels the two sides are scored under; "oracle": true in-distribution, random for OOD
@@ -224,7 +225,8 @@ def gather_sets(args, settings, train):
     if args.dev:
         rows = torch.nonzero(train.held)[1::2, 0]  # the even ones chose C_b's checkpoint
         sets = {"in-distribution": (train.x[rows], train.y[rows], train.names[rows.cpu()])}
-        unknown, names = train.unknown, train.unknown_names
+        step = math.ceil(len(train.unknown) / DEV_UNKNOWN) or 1
+        unknown, names = train.unknown[::step], train.unknown_names[::step]
     else:
         test = Split(settings, "test", args.device)
         sets = {"in-distribution": (test.x, test.y, test.names)}
@@ -257,7 +259,7 @@ def score_set(detector, classifier, x, labels, title, batch):
     random = torch.randint(K, labels.shape, generator=torch.Generator().manual_seed(0))
     oracle = torch.where(labels >= 0, labels, random)
     rows = torch.arange(max(len(x), WORLD)).fmod(len(x))[RANK::WORLD]
-    parts, start = [], time.time()
+    scores, start = {}, time.time()
     for i in range(0, len(rows), batch):
         own = rows[i:i + batch]
         chunk, y = x[own.to(x.device)].to(detector.device), oracle[own]
@@ -266,13 +268,13 @@ def score_set(detector, classifier, x, labels, title, batch):
         part = dict(prediction=guesses[:, 0], second=guesses[:, 1],
                     **baselines(classifier, images, logits), **detector.score(images, guesses[:, 0]))
         part.update({f"oracle {name}": s for name, s in detector.score(images, y).items()})
-        parts.append({k: v.detach().cpu() for k, v in part.items()})
+        for k, v in part.items():
+            scores.setdefault(k, torch.empty(len(rows), dtype=v.dtype))[i:i + batch] = v.detach()
         done, spent = min(WORLD * (i + len(own)), len(x)), time.time() - start
         if RANK == 0 and (sys.stderr.isatty() or done == len(x)):
             print(f"{chr(13) if sys.stderr.isatty() else ''}{title} {done}/{len(x)} images "
                   f"{done / spent:.0f}/s {(len(x) - done) * spent / done / 60:.1f} min left",
                   end="\n" if done == len(x) else "", file=sys.stderr, flush=True)
-    scores = {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
     if WORLD > 1:
         shares = [None] * WORLD
         dist.all_gather_object(shares, scores)
@@ -503,7 +505,7 @@ def judge_images(args):
     ood = (scores["cascade"] < detector.calibration["threshold"]).tolist()
     print("\t".join(["image", "prediction", *scores, "verdict"]))
     for i, file in enumerate(files):
-        print("\t".join([str(file), classes[y[i]], *(f"{s[i]:.4f}" for s in scores.values()),
+        print("\t".join([file, classes[y[i]], *(f"{s[i]:.4f}" for s in scores.values()),
                          "OOD" if ood[i] else "in-distribution"]))
     path = Path(args.out or args.run, "images.png")
     path.parent.mkdir(parents=True, exist_ok=True)

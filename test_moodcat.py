@@ -787,7 +787,7 @@ def test_a_folder_of_colour_images_and_an_own_classifier(folder, tmp_path, capsy
     evaluate.main([*common, "--scorers", "cb", "ssim"])  # no OOD set: calibrated, no numbers
     assert "name OOD sets" in capsys.readouterr().out
     torch.jit.script(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(768, 3))).save(str(tmp_path / "wrong.pt"))
-    for words, file in (("3 outputs, the run 2 classes", tmp_path / "wrong.pt"),
+    for words, file in (("returns .3, 3., the run has 2 classes", tmp_path / "wrong.pt"),
                         ("must take any batch size", tmp_path / "static.pt2"),
                         ("neither a TorchScript nor", folder / "ood/deep/0.png"),
                         ("holds another classifier", tmp_path / "script.pt")):

@@ -132,15 +132,19 @@ def load_classifier(path, device, classes=None):
 @torch.no_grad()
 def predict(classifier, x, num_classes, batch=256):
     """uint8 images (N, C, S, S) -> logits (N, K). Raises ValueError when the classifier does not fit."""
+    logits = torch.empty(len(x), num_classes, device=x.device)  # parts to be joined scatter the heap
     try:
-        logits = torch.cat([classifier(to_float(chunk)).float() for chunk in x.split(batch)])
+        for i in range(0, len(x), batch):
+            part = classifier(to_float(x[i:i + batch]))
+            if part.shape != logits[i:i + batch].shape:
+                raise ValueError(f"the classifier returns {tuple(part.shape)}, the run has "
+                                 f"{num_classes} classes")
+            logits[i:i + batch] = part
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, AssertionError, AttributeError, TypeError) as error:
         raise ValueError(f"the classifier fails on images {tuple(x.shape[1:])} in batches of "
                          f"{batch} (it must take any batch size and return logits): {error}") from error
-    if logits.shape != (len(x), num_classes):
-        raise ValueError(f"the classifier has {logits.shape[-1]} outputs, the run {num_classes} classes")
     return logits
 
 
