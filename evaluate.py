@@ -465,7 +465,10 @@ def draw_scores(run, sets, methods, threshold):
 def draw_curves(path, log):
     """The training log: losses of each phase, and the held-out AUROC between C_b's right and wrong
     labels, against images seen."""
-    plt, lines = pyplot(), [json.loads(line) for line in log.read_text().splitlines()]
+    lines = [json.loads(line) for line in log.read_text().splitlines(keepends=True) if line[-1] == "\n"]
+    lines, plt = [line for line in lines if "images" in line], pyplot()  # earlier logs have none
+    if not lines:
+        return
     phases = list(dict.fromkeys(line["phase"] for line in lines))
     fig, axes = plt.subplots(1, len(phases), figsize=(4 * len(phases), 3), squeeze=False)
     for ax, phase in zip(axes[0], phases):
@@ -486,8 +489,8 @@ def draw_curves(path, log):
 def judge_images(args):
     """--images: a line and a panel column for each of the user's pictures."""
     shipped = Path(__file__).resolve().parent / "results" / "digits"
-    if args.run == "runs/digits" and not Path(args.run, "detector.pt").exists() and shipped.exists():
-        print(f"no detector in {args.run}; the one in {shipped} judges")
+    if args.run == "runs/digits" and not Path(args.run).exists() and shipped.exists():
+        print(f"there is no {args.run}: the detector in {shipped} judges")
         args.run, args.out = shipped, args.out or "."
     if not Path(args.run, "detector.pt").exists():
         raise OSError(f"{args.run}/detector.pt does not exist: run evaluate.py --run {args.run} first")
@@ -598,6 +601,8 @@ def bench(args):
         train_scorer.train_step(G, scorer, opt, x, random_mask(x)[0], y, (y + 1) % 10, None, args.bf16)
 
     scorer.train()
+    # the nets' convolutions may use TF32: let the yardstick, too
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
     a = torch.randn(2 * (BENCH_MATRIX,), device=device, dtype=torch.bfloat16 if args.bf16 else torch.float)
     work = {"generator iteration": generator_iteration, "C_b iteration": scorer_iteration,
             "inference": detectors[1].score}
@@ -631,16 +636,18 @@ def first_score(detector, classifier, x, y, device):
         save_checkpoint(Path(folder, "classifier.pt"), dict(
             kind="classifier", classifier=classifier.state_dict(),
             settings=dict(classes=[str(n) for n in range(10)], channels=3, stem="small")))
-        save_image(x[0], Path(folder, "image.png"))
-        command = [sys.executable, "-u", __file__, "--run", folder, "--images", folder, "--device", str(device)]
-        spent = []
+        picture, spent = Path(folder, "image.png"), []
+        save_image(x[0], picture)
+        command = [sys.executable, "-u", __file__, "--run", folder, "--images", str(picture),
+                   "--device", device]
         for _ in range(BENCH_REPEATS):
             start = time.perf_counter()
             with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
                 lines = [next(process.stdout, ""), next(process.stdout, "")]  # head, first image
                 spent.append(time.perf_counter() - start)
                 process.stdout.read()
-            assert "image.png" in lines[1] and process.returncode == 0, lines
+            if process.returncode or "image.png" not in lines[1]:
+                raise ValueError("evaluate.py --images failed on an untrained detector")
     return float(np.median(spent))
 
 
@@ -738,7 +745,7 @@ def report(args, out, detector, settings, scored, steps, subsets, n_held):
         split="dev" if args.dev else "test", settings=settings, steps=steps, n=n,
         n_in_distribution_inside={k: len(s["label"]) - n[k] for k, s in scored.items()
                                   if len(s["label"]) > n[k]},
-        n_held_out=n_held, classifier=args.classifier or "classifier.pt",
+        n_held_out=n_held, classifier=args.classifier or "classifier.pt", half=args.half,
         mask=dict(style=detector.mask_style, ratio=detector.mask_ratio, seed=detector.seed,
                   masks=detector.masks), bf16=args.bf16, scorers=list(detector.scorers),
         shares=shares, tpr=TPR, odin=dict(temperature=ODIN_TEMPERATURE, step=ODIN_STEP),
@@ -756,9 +763,8 @@ def report(args, out, detector, settings, scored, steps, subsets, n_held):
             row for name, row in reversed(table[method].items()) if name != "std"))
             for table in tables.values()))
     print(f"\nAt the threshold for {TPR:.0%} TPR on held-out images (shares "
-          f"{', '.join(f'{name} {s:.1f}' for name, s in shares.items())}), flagged as OOD: "
+          f"{', '.join(f'{name} {s:.2f}' for name, s in shares.items())}), flagged as OOD: "
           + ", ".join(f"{name} {share:.1%}" for name, share in flagged.items()))
-    print(f"{out}/results.json, scores.csv, detector.pt, panels, masks, histograms, roc, curves.png")
 
 
 def round_nets(args, out, nets, classifier):
@@ -769,9 +775,10 @@ def round_nets(args, out, nets, classifier):
     if args.classifier or "program" in saved:
         raise ValueError("--half needs the classifier that train_scorer.py trains")
     for net in (*nets, classifier):
-        if isinstance(net, torch.nn.Module):
+        if isinstance(net, torch.nn.Module) and not isinstance(net, (LPIPS, DISTS)):  # saved by name
             net.load_state_dict(in_half(net.state_dict()))
-    save_checkpoint(out / path.name, dict(saved, classifier=in_half(saved["classifier"]), opt=None))
+    if RANK == 0:
+        save_checkpoint(out / path.name, dict(saved, classifier=in_half(saved["classifier"]), opt=None))
 
 
 def evaluate(args):
@@ -814,6 +821,8 @@ def evaluate(args):
     draw(out, detector, sets, scored, classes)
     if Path(args.run, "log.jsonl").exists():
         draw_curves(out / "curves.png", Path(args.run, "log.jsonl"))
+    print(f"{out}: results.json, scores.csv, detector.pt, "
+          + ", ".join(sorted(p.name for p in out.glob("*.png") if not p.name.startswith("samples"))))
 
 
 def draw(out, detector, sets, scored, classes):
@@ -856,14 +865,15 @@ def main(argv=None):
     args.argv = sys.argv[1:] if argv is None else argv
     for mode, work in (("images", judge_images), ("bench", bench), ("tables", gather_tables)):
         if getattr(args, mode):
-            for flag in ("ood", "scood", "scorers", "masks", "classifier", "dev", "mask_style"):
+            for flag in ("ood", "scood", "scorers", "masks", "classifier", "dev", "half", "mask_style",
+                         "mask_ratio", "data", "known_classes", "unknown_classes", "image_size", "seed",
+                         *["bf16"] * (mode != "bench")):
                 if getattr(args, flag):
                     parser.error(f"--{mode} goes without --{flag.replace('_', '-')}")
             return work(args)
-    if args.half and not args.out:
-        parser.error("--half needs --out: RUN keeps its own weights")
-    if args.classifier and not args.out:
-        parser.error("--classifier needs --out: RUN/detector.pt belongs to RUN/classifier.pt")
+    for flag in ("half", "classifier"):
+        if getattr(args, flag) and Path(args.out or args.run).resolve() == Path(args.run).resolve():
+            parser.error(f"--{flag} needs an --out of its own: RUN keeps its weights and thresholds")
     evaluate(args)
 
 

@@ -492,7 +492,8 @@ SHARES = 10  # the cascade's budget is shared out in tenths
 
 class Energy:
     """The classifier's energy as one more scorer, a departure from the paper: x, x' (B, C, H, W) -> (B,),
-    minus the log-sum-exp of the logits C(x). x' plays no part."""
+    minus the log-sum-exp of the logits C(x). x' plays no part. The classifier is on the detector's device
+    and in eval()."""
 
     def __init__(self, classifier):
         self.classifier = classifier
@@ -523,9 +524,9 @@ def folded(net):
 class MoodCat:
     """The detector, for any classifier: x is rejected when its synthesis under y = C(x) differs.
 
-    generator: a trained Generator; scorers: {name: scorer}, each a BinaryScorer, `ssim`, or a
-    callable (x, x') -> distance (B,) such as LPIPS() and DISTS(). mask_ratio and mask_style go to
-    random_mask; a score is the mean over `masks` of them (the paper: 1). The masks of an image depend
+    generator: a trained Generator; scorers: {name: scorer}, each a BinaryScorer, `ssim`, or a callable
+    (x, x') -> distance (B,) such as LPIPS(), DISTS() and Energy(classifier). mask_ratio and mask_style go
+    to random_mask; a score is the mean over `masks` of them (the paper: 1). The masks of an image depend
     on the seed and that image's pixels alone, so it gets the same score in any batch, order or process.
     bf16: Generator and BinaryScorer compute in bfloat16.
     """
@@ -640,7 +641,7 @@ class MoodCat:
 
     def save(self, path, half=False):
         """Everything needed to deploy beside the classifier, in one file; LPIPS and DISTS by name; half:
-        weights in float16. Raises OSError."""
+        weights in float16, as they must have been when the thresholds were fixed. Raises OSError."""
         scorers = {}
         for name, scorer in self.scorers.items():
             if scorer is ssim:
@@ -794,8 +795,13 @@ def save_checkpoint(path, content):
 
 def in_half(weights, half=True):
     """A state dictionary with float16 for every floating-point tensor, to be half the size on disk;
-    load_state_dict widens it again."""
-    return {k: v.half() if half and v.is_floating_point() else v for k, v in weights.items()}
+    load_state_dict widens it again. Raises ValueError for a weight beyond float16."""
+    if not half:
+        return weights
+    rounded = {k: v.half() if v.is_floating_point() else v for k, v in weights.items()}
+    if not all(bool(v.isfinite().all()) for v in rounded.values()):
+        raise ValueError("a weight is too large for half precision (65504)")
+    return rounded
 
 
 def load_checkpoint(path, kind, device="cpu"):

@@ -5,7 +5,7 @@ common flags and the loop that checkpoints, logs and resumes.
     python train_gen.py --data cifar10 --run runs/cifar10        # the paper's width, for a GPU
     python train_gen.py --data FOLDER --run runs/mine --ch 16    # FOLDER/train/<class>/*.png
     python train_gen.py --run runs/cifar10 --resume              # go on after an interruption
-    torchrun --nproc_per_node=4 train_gen.py ...                 # one process for each of 4 GPUs
+    torchrun --nproc_per_node=4 -- train_gen.py ...              # one process for each of 4 GPUs
 
 Writes RUN/generator.pt, RUN/log.jsonl and sample panels RUN/samples_*.png (from the top: input,
 masked, synthesis with the right label, with a wrong one).
@@ -136,12 +136,18 @@ def read_split(data, split, size):
 
 
 def download(dataset, **options):
-    """A torchvision data set under ./data, fetched when it is not there. Raises OSError."""
+    """A torchvision data set under ./data, fetched when it is not there, by one process of a machine.
+    Raises OSError."""
+    if LOCAL_RANK > 0:
+        dist.barrier()
     try:
         return dataset(DOWNLOADS, download=True, **options)
     except (OSError, RuntimeError) as error:
         raise OSError(f"cannot download {dataset.__name__} ({error}): unpack it into "
                       f"{DOWNLOADS.resolve()} or go online") from error
+    finally:
+        if WORLD > 1 and LOCAL_RANK == 0:
+            dist.barrier()
 
 
 def pick_classes(names, wanted):
@@ -220,7 +226,7 @@ class Parser(argparse.ArgumentParser):
         add("--image-size", type=int, help="side in pixels, a multiple of 8 [digits 16, otherwise 32]")
         add("--seed", type=int, help="[0]")
         add("--device", help="[cuda where there is one, otherwise cpu]")
-        add("--batch-size", type=int, help="[digits 64, otherwise 96]")
+        add("--batch-size", type=int, help="[digits 64, otherwise 96; in evaluate.py 256]")
         add("--bf16", action="store_true",
             help="nets in bfloat16: twice as fast where the hardware has it")
 
@@ -252,13 +258,17 @@ class Parser(argparse.ArgumentParser):
                     0 < value < float("inf") or value == 0 and flag in ("seed", "kl_weight")):
                 self.error(f"--{flag.replace('_', '-')} must be positive")
         if args.device is None:
-            args.device = f"cuda:{LOCAL_RANK}" if torch.cuda.is_available() else "cpu"
-        if WORLD > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+            args.device = "cuda" if torch.cuda.is_available() else "cpu"
+        if args.device == "cuda":
+            args.device = f"cuda:{LOCAL_RANK}"
         try:
             torch.empty(0, device=args.device)
         except (RuntimeError, AssertionError):
             self.error(f"there is no device {args.device!r} here")
+        if args.device.startswith("cuda"):
+            torch.cuda.set_device(args.device)  # NCCL and synchronize() take the current one
+        if WORLD > 1 and not dist.is_initialized():
+            dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
         return args
 
     def error(self, message):
@@ -275,10 +285,12 @@ def run_script(main):
         main()
     except torch.OutOfMemoryError:
         sys.exit(f"error: {NO_MEMORY}")
+    except MemoryError:
+        sys.exit("error: the images do not fit into memory: take fewer, or a smaller --image-size")
     except RuntimeError as error:
         if "can't allocate memory" in str(error):  # the CPU's allocator
             sys.exit(f"error: {NO_MEMORY}")
-        if WORLD > 1 and "gloo" in str(error).lower():
+        if WORLD > 1 and any(name in str(error).lower() for name in ("gloo", "nccl")):
             sys.exit(f"error: {GONE}")
         raise
     except (ValueError, OSError) as error:
@@ -296,7 +308,8 @@ def run_script(main):
 WORLD, RANK, LOCAL_RANK = (int(os.environ.get(k, d)) for k, d in (
     ("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
 NO_MEMORY = "the device's memory is too small for this batch: lower --batch-size"
-GONE = "another process of this run is gone; the last checkpoint is kept: go on with --resume"
+GONE = ("another process of this run is gone: start again, a training with --resume from its last "
+        "checkpoint, which is kept")
 
 
 def share(*batch):
@@ -321,13 +334,13 @@ def average(*nets):
             t.copy_(part.view_as(t))
 
 
-def any_process(flag, device):
-    """Is the flag set in any process?"""
+def largest(number, device):
+    """The largest of the processes' numbers; returns when all have given theirs."""
     if WORLD == 1:
-        return flag
-    flag = torch.tensor(float(flag), device=device)
-    dist.all_reduce(flag, dist.ReduceOp.MAX)
-    return bool(flag)
+        return number
+    number = torch.tensor(number, device=device)
+    dist.all_reduce(number, dist.ReduceOp.MAX)
+    return int(number)
 
 
 def in_bf16(net, enabled):
@@ -438,15 +451,16 @@ class Loop:
                     self._bar(start, first)
                 now = time.time()
                 late = self.minutes is not None and now - start > 60 * self.minutes
-                self.stopped = any_process(self.stopped, self.device)
-                if self.stopped or any_process(late, self.device):
+                end = largest(2 if self.stopped else int(late), self.device)
+                self.stopped = end == 2
+                if end:
                     break
                 if now - saved_at > SAVE_SECONDS:
                     self.save()
                     saved_at = now
             if self.step > first or not self.path.exists():
                 self.save()
-            any_process(False, self.device)  # nobody goes on before the file is there
+            largest(0, self.device)  # nobody goes on before the file is there
         finally:
             signal.signal(signal.SIGINT, before)
             if sys.stderr.isatty():

@@ -143,6 +143,8 @@ def predict(classifier, x, num_classes, batch=256):
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, AssertionError, AttributeError, TypeError) as error:
+        if "can't allocate memory" in str(error):
+            raise
         raise ValueError(f"the classifier fails on images {tuple(x.shape[1:])} in batches of "
                          f"{batch} (it must take any batch size and return logits): {error}") from error
     return logits
@@ -221,7 +223,8 @@ def train_scorer(args, settings, split, G, y_wrong, steps, logits, extra=None):
     torch.manual_seed(settings["seed"])
     scorer = BinaryScorer(K, settings["ch"], settings["channels"])
     scorer.to(args.device, memory_format=torch.channels_last)
-    opt, best = torch.optim.Adam(scorer.parameters(), LR, BETAS), Best()
+    opt = torch.optim.Adam(scorer.parameters(), LR, BETAS, fused=args.device.startswith("cuda"))
+    best = Best()
     mask = dict(ratio=settings["mask_ratio"], style=settings["mask_style"])  # the generator's
     x_all, y_all = split.x[~split.held], split.y[~split.held]
     # the even held-out images choose the checkpoint; evaluate.py sets its threshold on the odd ones
