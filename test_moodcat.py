@@ -1,4 +1,4 @@
-"""pytest -q test_moodcat.py: under 5 minutes on 2 cores, offline.
+"""pytest -q test_moodcat.py: about 6 minutes on 2 cores, offline.
 
 Formulas are compared with a second implementation or with published check values, scripts are run
 for real on the handwritten digits, at a size that shows what they do.
@@ -727,7 +727,7 @@ def test_the_distributed_detector_judges_and_scores_as_measured(folder, tmp_path
         scores.append(detector.score(train_gen.to_float(x), train_scorer.predict(classifier, x, 6).argmax(1)))
     tables = json.loads((HERE / "results/tables.json").read_text())["tables"]
     headline = next(t for t in tables if t["title"] == "Headline: digits")
-    for row in headline["rows"][3:]:
+    for row in headline["rows"][3:6]:  # cb, ssim, cascade
         measured = row["ours"][1]["digits/base-0"]
         assert ood_metrics(*(s[row["method"]] for s in scores))["auroc"] == pytest.approx(measured, abs=0.002)
 
