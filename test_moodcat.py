@@ -1,4 +1,4 @@
-"""pytest -q test_moodcat.py: about 6 minutes on 2 cores, offline.
+"""pytest -q test_moodcat.py: about 5 minutes on 2 cores, offline.
 
 Formulas are compared with a second implementation or with published check values, scripts are run
 for real on the handwritten digits, at a size that shows what they do.
