@@ -39,8 +39,8 @@ import train_scorer
 from moodcat import (DISTS, LPIPS, BinaryScorer, Energy, MoodCat, cascade, fit_cascade, folded,
                      in_half, load_checkpoint, load_weights, random_mask, save_checkpoint, ssim)
 from train_gen import (MASK_RATIO, RANK, WORLD, Parser, Split, build, download, fit_image,
-                       image_files, kind_of, read_files, run_script, to_float, write_text)
-from train_scorer import load_classifier, load_run, make_classifier, predict
+                       image_files, kind_of, read_files, read_log, run_script, to_float, write_text)
+from train_scorer import build_scorer, load_classifier, load_run, make_classifier, predict
 
 # ---------------------------------------------------------------------------------------------
 # Settings
@@ -465,10 +465,10 @@ def draw_scores(run, sets, methods, threshold):
 def draw_curves(path, log):
     """The training log: losses of each phase, and the held-out AUROC between C_b's right and wrong
     labels, against images seen."""
-    lines = [json.loads(line) for line in log.read_text().splitlines(keepends=True) if line[-1] == "\n"]
-    lines, plt = [line for line in lines if "images" in line], pyplot()  # earlier logs have none
+    lines = [line for line in read_log(log) if "images" in line]  # earlier logs have none
     if not lines:
         return
+    plt = pyplot()
     phases = list(dict.fromkeys(line["phase"] for line in lines))
     fig, axes = plt.subplots(1, len(phases), figsize=(4 * len(phases), 3), squeeze=False)
     for ax, phase in zip(axes[0], phases):
@@ -552,33 +552,44 @@ def seconds(work, device):
 
 def bench(args):
     """The paper's nets (ch = 32, 32 x 32 colour, 10 classes), untrained, since the weights change no
-    cost: parameters, MACs by torch's counter and images per second of each part, of VGG16 and of a
-    ResNet-18; then the three steps against the best matrix multiplication of the same precision."""
-    from torch.utils.flop_counter import FlopCounterMode
-    from torchvision.models import vgg16
+    cost: what each part costs, how fast the three steps are, how soon there is a first score."""
     torch.manual_seed(0)
     device, n = args.device, args.batch_size or 64
-    G, D, opt_g, opt_d = build(10, 32, 32, 3, True, device)
-    scorer = BinaryScorer(10).to(device, memory_format=torch.channels_last)
-    opt = torch.optim.Adam(scorer.parameters())
-    x, y = torch.rand(1024, 3, 32, 32, device=device) * 2 - 1, torch.arange(1024, device=device) % 10
-    vgg = vgg16().features.to(device, memory_format=torch.channels_last).eval()
-    resnet = make_classifier(10, 3, "small").to(device, memory_format=torch.channels_last).eval()
+    nets = build(10, 32, 32, 3, True, device), build_scorer(10, 32, 3, device)
+    (G, *_), (scorer, _) = nets
     detectors = {m: MoodCat(G, {"cb": scorer}, masks=m, bf16=args.bf16) for m in (1, 2, 4, 8)}
-    fast, pair, z = folded(G), torch.cat([x[:n], x[:n]]), torch.randn(n, 128, device=device)
+    resnet = make_classifier(10, 3, "small").to(device, memory_format=torch.channels_last).eval()
+    x, y = torch.rand(1024, 3, 32, 32, device=device) * 2 - 1, torch.arange(1024, device=device) % 10
+    cost = bench_parts(args, G, scorer, detectors, resnet, x[:n], y[:n])
+    cost.update(bench_steps(args, *nets, detectors[1], x, y))
+    spent = first_score(detectors[1], resnet, x, y, device)
+    cost["first score"] = {"an image": dict(seconds=spent)}
+    print(f"From starting Python to the first score of evaluate.py --images: {spent:.1f} s")
+    if args.out:
+        write_results(Path(args.out), dict(cost=cost, n=n), args)
+
+
+def bench_parts(args, G, scorer, detectors, resnet, x, y):
+    """Parameters, MACs by torch's counter and images per second of each part, of VGG16 and of the
+    classifier, on images x (B, 3, 32, 32) with labels y (B,): {part: {"an image": cost}}."""
+    from torch.utils.flop_counter import FlopCounterMode
+    from torchvision.models import vgg16
+    device, n = args.device, len(x)
+    vgg = vgg16().features.to(device, memory_format=torch.channels_last).eval()
+    fast, pair, z = folded(G), torch.cat([x, x]), torch.randn(n, 128, device=device)
 
     def full():
-        detectors[1].score(x[:n], y[:n]), vgg(pair), vgg(pair)
+        detectors[1].score(x, y), vgg(pair), vgg(pair)
 
-    parts = {"E": ([G.encoder], lambda: fast.encoder(x[:n])),
-             "D": ([G.decoder], lambda: fast.decoder(z, y[:n])),
-             "C_b": ([scorer], lambda: scorer(x[:n], x[:n], y[:n]))}
+    parts = {"E": ([G.encoder], lambda: fast.encoder(x)),
+             "D": ([G.decoder], lambda: fast.decoder(z, y)),
+             "C_b": ([scorer], lambda: scorer(x, x, y))}
     for m, detector in detectors.items():
         parts[f"E, D, C_b, {m} mask{'s' * (m > 1)}"] = (
-            [G, scorer], lambda detector=detector: detector.score(x[:n], y[:n]))
+            [G, scorer], lambda detector=detector: detector.score(x, y))
     parts["VGG16, under LPIPS or DISTS"] = [vgg], lambda: vgg(pair)
     parts["E, D, C_b and two VGG16"] = [G, scorer, vgg, vgg], full
-    parts["classifier: ResNet-18"] = [resnet], lambda: resnet(x[:n])
+    parts["classifier: ResNet-18"] = [resnet], lambda: resnet(x)
     cost = {}
     print(f"{'part':30s}{'M params':>10s}{'G MACs':>10s}{'images/s':>10s}    batch {n}, {device}, "
           f"{torch.get_num_threads()} threads")
@@ -591,6 +602,14 @@ def bench(args):
             params=sum(p.numel() for net in nets for p in net.parameters()) / 1e6,
             macs=counter.get_total_flops() / 2e9 / n, rate=rate)}
         print(f"{name:30s}" + "{params:10.3f}{macs:10.4f}{rate:10.1f}".format(**cost[name]["an image"]))
+    return cost
+
+
+def bench_steps(args, generator_nets, scorer_nets, detector, x, y):
+    """The three steps against the best matrix multiplication of the same precision, on images x
+    (N, 3, 32, 32) with labels y (N,): {step and batch: {"an image": cost}}."""
+    from torch.utils.flop_counter import FlopCounterMode
+    (G, D, opt_g, opt_d), (scorer, opt), cost = generator_nets, scorer_nets, {}
 
     def generator_iteration(x, y):
         G.train()
@@ -603,9 +622,9 @@ def bench(args):
     scorer.train()
     # the nets' convolutions may use TF32: let the yardstick, too
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
-    a = torch.randn(2 * (BENCH_MATRIX,), device=device, dtype=torch.bfloat16 if args.bf16 else torch.float)
+    a = torch.randn(2 * (BENCH_MATRIX,), device=x.device, dtype=torch.bfloat16 if args.bf16 else torch.float)
     work = {"generator iteration": generator_iteration, "C_b iteration": scorer_iteration,
-            "inference": detectors[1].score}
+            "inference": detector.score}
     print(f"\n{'step':30s}{'batch':>10s}{'images/s':>10s}{'GFLOP':>10s}{'share of':>10s} best "
           f"{'bfloat16' if args.bf16 else 'float32'} matrix multiplication, G/s")
     for name, b in ((name, b) for name, batches in BENCH_BATCHES.items() for b in batches):
@@ -613,19 +632,15 @@ def bench(args):
         with FlopCounterMode(display=False) as counter:
             step(x[:b], y[:b])
         # the machine's best beside each measurement: other work on it slows both
-        peak = 2 * BENCH_MATRIX**3 / 1e9 / seconds(lambda: a @ a, device)
-        rate = b / seconds(lambda: step(x[:b], y[:b]), device)
+        peak = 2 * BENCH_MATRIX**3 / 1e9 / seconds(lambda: a @ a, args.device)
+        rate = b / seconds(lambda: step(x[:b], y[:b]), args.device)
         gflop = counter.get_total_flops() / 1e9 / b
         cost[f"{name}, batch {b}"] = {"an image": dict(
             rate=rate, gflop=gflop, counted=COUNTED[name], peak=peak, share=rate * COUNTED[name] / peak)}
         print(f"{name:30s}{b:10d}{rate:10.1f}{gflop:10.3f}{rate * COUNTED[name] / peak:10.1%}{peak:10.0f}")
     print("The share counts an image as the authors' step costs it: " + ", ".join(
         f"{name} {gflop} GFLOP" for name, gflop in COUNTED.items()))
-    cost["first score"] = {"an image": dict(seconds=first_score(detectors[1], resnet, x, y, device))}
-    print("From starting Python to the first score of evaluate.py --images: "
-          f"{cost['first score']['an image']['seconds']:.1f} s")
-    if args.out:
-        write_results(Path(args.out), dict(cost=cost, n=n), args)
+    return cost
 
 
 def first_score(detector, classifier, x, y, device):
@@ -802,7 +817,7 @@ def evaluate(args):
     held = score_set(detector, classifier, x, train.y[train.held], "held-out", batch)
     second = held["second"][::2]
     wrong = dict(label=held["label"][::2], prediction=second, **{
-        k: s.cpu() for k, s in detector.score(to_float(x[::2]), second).items() if k != "energy"})
+        k: s.cpu() for k, s in detector.wrong_label_scores(to_float(x[::2]), second).items()})
     scored = {name: score_set(detector, classifier, x, labels, name, batch)
               for name, (x, labels, _) in sets.items()} if len(sets) > 1 else {}
     if RANK > 0:  # one process has every score now, and writes
@@ -865,10 +880,10 @@ def main(argv=None):
     args.argv = sys.argv[1:] if argv is None else argv
     for mode, work in (("images", judge_images), ("bench", bench), ("tables", gather_tables)):
         if getattr(args, mode):
-            for flag in ("ood", "scood", "scorers", "masks", "classifier", "dev", "half", "mask_style",
-                         "mask_ratio", "data", "known_classes", "unknown_classes", "image_size", "seed",
-                         *["bf16"] * (mode != "bench")):
-                if getattr(args, flag):
+            keeps = ["images", "bench", "tables", "run", "out", "device", "batch_size", "argv"]
+            keeps += ["bf16"] * (mode == "bench")
+            for flag, value in vars(args).items():
+                if value and flag not in keeps:
                     parser.error(f"--{mode} goes without --{flag.replace('_', '-')}")
             return work(args)
     for flag in ("half", "classifier"):

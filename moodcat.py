@@ -598,6 +598,13 @@ class MoodCat:
         return scores
 
     @torch.no_grad()
+    def wrong_label_scores(self, x, y_wrong):
+        """The `wrong` of fit_cascade, {name: (B,)}: scores of images under labels that are wrong, of the
+        scorers that a label changes. x (B, C, S, S), y_wrong (B,). Raises ValueError as score() does."""
+        return {name: s for name, s in self._scores(*self._check(x, y_wrong)).items()
+                if not isinstance(self.scorers[name], Energy)}
+
+    @torch.no_grad()
     def calibrate(self, x, y, tpr=0.95, y_wrong=None):
         """Fix the cascade on held-out in-distribution images (see fit_cascade). Returns self.
 
@@ -609,8 +616,7 @@ class MoodCat:
             _, y_wrong = self._check(x, y_wrong)
             if bool((y_wrong == y).any()):
                 raise ValueError("y_wrong must hold another label than y")
-            wrong = {name: s for name, s in self._scores(x[0::2], y_wrong[0::2]).items()
-                     if not isinstance(self.scorers[name], Energy)}
+            wrong = self.wrong_label_scores(x[0::2], y_wrong[0::2])
         self.calibration = fit_cascade(self._scores(x, y), wrong, tpr)
         return self
 
@@ -642,7 +648,7 @@ class MoodCat:
     def save(self, path, half=False):
         """Everything needed to deploy beside the classifier, in one file; LPIPS and DISTS by name; half:
         weights in float16, as they must have been when the thresholds were fixed. Raises OSError."""
-        scorers = {}
+        scorers, stored = {}, in_half if half else lambda weights: weights
         for name, scorer in self.scorers.items():
             if scorer is ssim:
                 scorers[name] = dict(kind="ssim")
@@ -652,12 +658,12 @@ class MoodCat:
                 scorers[name] = dict(kind=type(scorer).__name__, settings=scorer.settings)
             elif isinstance(scorer, BinaryScorer):
                 scorers[name] = dict(kind="BinaryScorer", settings=scorer.settings,
-                                     weights=in_half(scorer.state_dict(), half))
+                                     weights=stored(scorer.state_dict()))
             else:
                 raise ValueError(f"cannot save scorer {name!r}: a {type(scorer).__name__}")
         save_checkpoint(path, dict(
             kind="detector", settings=self.generator.settings, scorers=scorers,
-            weights=in_half(self.generator.state_dict(), half), calibration=self.calibration,
+            weights=stored(self.generator.state_dict()), calibration=self.calibration,
             mask=dict(mask_ratio=self.mask_ratio, mask_style=self.mask_style, seed=self.seed,
                       masks=self.masks, bf16=self.bf16)))
 
@@ -793,11 +799,9 @@ def save_checkpoint(path, content):
                       "make room or choose another --run, then go on with --resume") from error
 
 
-def in_half(weights, half=True):
+def in_half(weights):
     """A state dictionary with float16 for every floating-point tensor, to be half the size on disk;
     load_state_dict widens it again. Raises ValueError for a weight beyond float16."""
-    if not half:
-        return weights
     rounded = {k: v.half() if v.is_floating_point() else v for k, v in weights.items()}
     if not all(bool(v.isfinite().all()) for v in rounded.values()):
         raise ValueError("a weight is too large for half precision (65504)")

@@ -275,6 +275,11 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message} (--help lists the flags)")
 
 
+def out_of_memory(error):
+    """Is a RuntimeError one of memory? That of the CPU's allocator has no class of its own."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def run_script(main):
     """main() with a user's error as one line on stderr and exit status 1."""
     if WORLD > 1:  # torchrun ends the others with SIGTERM when one process is gone
@@ -283,12 +288,10 @@ def run_script(main):
         sys.stdout = open(os.devnull, "w")
     try:
         main()
-    except torch.OutOfMemoryError:
-        sys.exit(f"error: {NO_MEMORY}")
     except MemoryError:
         sys.exit("error: the images do not fit into memory: take fewer, or a smaller --image-size")
     except RuntimeError as error:
-        if "can't allocate memory" in str(error):  # the CPU's allocator
+        if out_of_memory(error):
             sys.exit(f"error: {NO_MEMORY}")
         if WORLD > 1 and any(name in str(error).lower() for name in ("gloo", "nccl")):
             sys.exit(f"error: {GONE}")
@@ -371,6 +374,12 @@ def write_text(path, text):
     temporary.replace(path)
 
 
+def read_log(path):
+    """The lines of a log.jsonl as dictionaries, without one that a killed process left unfinished."""
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True)
+            if line.endswith("\n")]
+
+
 # ---------------------------------------------------------------------------------------------
 # The loop around a training step
 
@@ -413,11 +422,9 @@ class Loop:
     def _trim_log(self):
         """Drop log lines past the checkpoint: the steps they tell of will be made again."""
         if self.log_path.exists():
-            lines = [line for line in self.log_path.read_text().splitlines(keepends=True)
-                     if line.endswith("\n")]
-            keep = [line for line in lines if (r := json.loads(line))["phase"] != self.name
-                    or r["step"] <= self.step]
-            write_text(self.log_path, "".join(keep))
+            keep = [r for r in read_log(self.log_path)
+                    if r["phase"] != self.name or r["step"] <= self.step]
+            write_text(self.log_path, "".join(json.dumps(r) + "\n" for r in keep))
 
     def log(self, **values):
         """Scalars of this step, numbers or tensors."""

@@ -24,7 +24,8 @@ import torch.nn.functional as F
 from moodcat import (BinaryScorer, Generator, auroc, hinge_loss, load_checkpoint, load_weights,
                      random_mask, save_checkpoint)
 from train_gen import (BATCH, BETAS, LOG_EVERY, WORLD, Loop, Parser, Split, average, earlier,
-                       image_files, in_bf16, kind_of, read_files, run_script, share, to_float)
+                       image_files, in_bf16, kind_of, out_of_memory, read_files, run_script, share,
+                       to_float)
 
 # ---------------------------------------------------------------------------------------------
 # Settings
@@ -140,10 +141,8 @@ def predict(classifier, x, num_classes, batch=256):
                 raise ValueError(f"the classifier returns {tuple(part.shape)}, the run has "
                                  f"{num_classes} classes")
             logits[i:i + batch] = part
-    except torch.OutOfMemoryError:
-        raise
     except (RuntimeError, AssertionError, AttributeError, TypeError) as error:
-        if "can't allocate memory" in str(error):
+        if out_of_memory(error):
             raise
         raise ValueError(f"the classifier fails on images {tuple(x.shape[1:])} in batches of "
                          f"{batch} (it must take any batch size and return logits): {error}") from error
@@ -213,17 +212,22 @@ def train_step(G, scorer, opt, x, x_m, y, y_not, more=None, bf16=False):
     return loss.detach()
 
 
-def train_scorer(args, settings, split, G, y_wrong, steps, logits, extra=None):
+def build_scorer(num_classes, ch, channels, device):
+    """C_b and its optimiser, on the device."""
+    scorer = BinaryScorer(num_classes, ch, channels).to(device, memory_format=torch.channels_last)
+    return scorer, torch.optim.Adam(scorer.parameters(), LR, BETAS,
+                                    fused=str(device).startswith("cuda"))
+
+
+def train_scorer(args, settings, split, G, y_wrong, steps, name="scorer", logits=None, extra=None):
     """Eq. 2: (x, G(x, y), y) against (x, G(x, y'), y') with wrong labels y'. y_wrong: one for each
-    held-out image, to measure with; logits (N, K): the classifier's of the training images. extra
-    (section 3.6): uint8 images (M, C, S, S) without labels and their logits (M, K), more of the second
-    kind of pair: half of each batch. Writes RUN/scorer.pt, or RUN/scorer_extra.pt."""
-    K, likely = len(settings["classes"]), settings["negatives"] == "likely"
-    name = "scorer_extra" if extra else "scorer"
+    held-out image, to measure with; logits (N, K): the classifier's of the training images, where its
+    likely mistakes are to be the wrong labels. extra (section 3.6): uint8 images (M, C, S, S) without
+    labels and their logits (M, K), more of the second kind of pair: half of each batch. Writes
+    RUN/<name>.pt."""
+    K, likely = len(settings["classes"]), logits is not None
     torch.manual_seed(settings["seed"])
-    scorer = BinaryScorer(K, settings["ch"], settings["channels"])
-    scorer.to(args.device, memory_format=torch.channels_last)
-    opt = torch.optim.Adam(scorer.parameters(), LR, BETAS, fused=args.device.startswith("cuda"))
+    scorer, opt = build_scorer(K, settings["ch"], settings["channels"], args.device)
     best = Best()
     mask = dict(ratio=settings["mask_ratio"], style=settings["mask_style"])  # the generator's
     x_all, y_all = split.x[~split.held], split.y[~split.held]
@@ -377,7 +381,7 @@ def main(argv=None):
     y_wrong = logits.scatter(1, y_held[:, None], -math.inf).argmax(1)
     steps = args.steps or (math.inf if args.minutes else STEPS[kind])
     logits = predict(classifier, split.x[~split.held], K) if settings["negatives"] == "likely" else None
-    train_scorer(args, settings, split, G, y_wrong, steps, logits, extra)
+    train_scorer(args, settings, split, G, y_wrong, steps, name, logits, extra)
 
 
 if __name__ == "__main__":
