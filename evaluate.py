@@ -44,7 +44,7 @@ LABELINGS = dict(predicted_labels=("", ""),             # y = C(x), the headline
 COLUMNS = dict(fpr95="FPR@TPR95", auroc="AUROC", aupr_in="AUPR-In", aupr_out="AUPR-Out",
                accuracy="accuracy")
 
-# --- Metrics (section 4.2) and baselines ------------------------------------------------------------
+# --- Metrics (section 4.2) and baselines ---------------------------------------------------------
 
 def ood_metrics(id_scores, ood_scores):
     """fpr95, auroc, aupr_in, aupr_out as fractions; scores (N,) and (M,), higher = in-distribution,
@@ -81,7 +81,7 @@ def baselines(classifier, x, logits, y):
         scores["ODIN"] = moved.softmax(1).max(1).values.detach()
     return dict(scores, EBO=logits.logsumexp(1))
 
-# --- What to score ----------------------------------------------------------------------------------
+# --- What to score -------------------------------------------------------------------------------
 
 def make_scorers(names, args, about, classifier):
     """The scorers of these names, and the checkpoints of those that were trained. Raises OSError or
@@ -133,7 +133,7 @@ def gather_sets(args, about, trained):
     return {"in-distribution": (test.x, test.y, test.names), **{
         key: (x, torch.full((len(x),), -1), names) for key, (x, names) in found.items()}}
 
-# --- Scores of each image, and what follows from them -----------------------------------------------
+# --- Scores of each image, and what follows from them --------------------------------------------
 
 def score_set(detector, classifier, x, labels, title):
     """Everything about one set of uint8 images x (N, C, S, S) with labels (N,), -1 = OOD: label,
@@ -228,7 +228,7 @@ def provenance():
                 versions=dict({p: version(p) for p in packages}, python=platform.python_version()),
                 threads=torch.get_num_threads())
 
-# --- Pictures ---------------------------------------------------------------------------------------
+# --- Pictures ------------------------------------------------------------------------------------
 
 def pyplot():
     """matplotlib without a screen; imported when there is something to draw."""
@@ -276,7 +276,7 @@ def draw_roc(path, scored, methods):
     fig.savefig(path, dpi=100)
     plt.close(fig)
 
-# --- The two things this script does ----------------------------------------------------------------
+# --- The two things this script does -------------------------------------------------------------
 
 def judge_images(args):
     """--images: a line for each of the user's pictures, and a panel of the most suspicious."""

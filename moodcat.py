@@ -1,10 +1,10 @@
-"""MoodCat: out-of-distribution detection by semantic mismatch under masking (Yang et al., ECCV 2022).
+"""MoodCat: out-of-distribution detection by semantic mismatch under masking (Yang et al., 2022).
 
 For a classifier C and an image x with prediction y = C(x): mask a random part of x, synthesise a
 whole image x' from what is left and y, and measure how far x' is from x. An in-distribution image
 comes back as itself; an OOD image comes back as something of class y. This file is the method, in
-the order of the paper's Figure 2: mask, encoder, decoder, discriminator, losses, scorers, p-values,
-detector. Training is in train_gen.py and train_scorer.py, numbers are in evaluate.py.
+the order of the paper's Figure 2. Training is in train_gen.py and train_scorer.py, numbers are in
+evaluate.py.
 
     symbol     meaning                                     shape, range
     x          image                                       (B, C, H, W) float in [-1, 1]
@@ -34,38 +34,39 @@ import torch.nn.functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 
-# --- Masking (section 3.3, Table 5) ----------------------------------------------------------------
+# --- Masking (section 3.3, Table 5) --------------------------------------------------------------
 
 def random_mask(x, ratio=(0.1, 0.3), generator=None, u=None):
-    """Remove a random rectangle of each image (section 3.3). x (B, C, H, W); ratio: share of the area to
-    remove, a range or one number, 0 = nothing; generator: a CPU torch.Generator (None: the global one);
-    u (B, 3): its numbers, if given. Returns x_m (B, C, H, W), mid-grey (0) where removed, and the mask
-    (B, 1, H, W) bool, True = removed. Raises ValueError."""
+    """Remove a random rectangle of each image (section 3.3).
+
+    x (B, C, H, W); ratio: share of the area to remove, a range or one number, 0 = nothing;
+    generator: a CPU torch.Generator (None: the global one); u (B, 3): its numbers, if given.
+    Returns x_m (B, C, H, W), 0 where removed, mask (B, 1, H, W), True = removed. Raises ValueError."""
     low, high = ratio if isinstance(ratio, (tuple, list)) else (ratio, ratio)
     if not 0 <= low <= high <= 1:
         raise ValueError(f"mask ratio {ratio} must lie in [0, 1], the smaller number first")
     H, W = x.shape[2:]
     u = torch.rand(len(x), 3, generator=generator) if u is None else u  # which, how far down, right
-    sides = torch.tensor(_rectangles(H, W, low, high))                           # (S, 2)
-    h, w = sides[(u[:, 0] * len(sides)).long()].T[:, :, None]                    # (B, 1) each
+    sides = torch.tensor(_rectangles(H, W, low, high))                        # (S, 2)
+    h, w = sides[(u[:, 0] * len(sides)).long()].T[:, :, None]                 # (B, 1) each
     top, left = (u[:, 1:2] * (H - h + 1)).long(), (u[:, 2:3] * (W - w + 1)).long()
     rows, cols = torch.arange(H), torch.arange(W)
-    in_rows = (rows >= top) & (rows < top + h)                                   # (B, H)
-    in_cols = (cols >= left) & (cols < left + w)                                 # (B, W)
+    in_rows = (rows >= top) & (rows < top + h)                                # (B, H)
+    in_cols = (cols >= left) & (cols < left + w)                              # (B, W)
     mask = (in_rows[:, None, :, None] & in_cols[:, None, None, :]).to(x.device)  # (B, 1, H, W)
     return x.masked_fill(mask, 0.0), mask
 
 @lru_cache
 def _rectangles(H, W, low, high):
-    """Every (h, w) with an aspect of 0.4 to 2.5 (the authors' code: 0.5 to 2.5) whose area lies inside
-    the ratio, or else nearest to it. Equal chances for each make area uniform, aspect log-uniform."""
+    """Every (h, w) with an aspect of 0.4 to 2.5 (authors: 0.5 to 2.5) and an area inside the ratio,
+    or else nearest to it. Equal chances for each make area uniform and aspect log-uniform."""
     sides = [(h, w) for h in range(1, H + 1) for w in range(1, W + 1) if 0.4 <= h / w <= 2.5]
     off = [max(low * H * W - h * w, h * w - high * H * W, 0) for h, w in sides]
     return [s for s, d in zip(sides, off) if d == min(off)] if high else [(0, 0)]
 
 class ImageMask:
-    """The detector's mask f(x, i) -> (x_m, M): the i-th random_mask of an image, which depends on its
-    pixels and the seed alone, so that it gets the same score in any batch, order or process."""
+    """The detector's mask f(x, i) -> (x_m, M): the i-th random_mask of an image, which depends on
+    its pixels and the seed alone, so that its score does not depend on batch, order or process."""
 
     def __init__(self, ratio=(0.1, 0.3), seed=0):
         self.settings = dict(ratio=ratio, seed=seed)
@@ -76,7 +77,7 @@ class ImageMask:
         u = [torch.rand(3, generator=torch.Generator().manual_seed(crc)) for crc in crcs]
         return random_mask(x, self.settings["ratio"], u=torch.stack(u))
 
-# --- Encoder (section 3.4, appendix A.2) -----------------------------------------------------------
+# --- Encoder (section 3.4, appendix A.2) ---------------------------------------------------------
 
 class Encoder(nn.Module):
     """E: x_m (B, channels, S, S) -> mu, logvar (B, z_dim), the Gaussian of z; the paper's Sigma is
@@ -86,21 +87,21 @@ class Encoder(nn.Module):
         super().__init__()
         conv = lambda cin, cout, *how: nn.Conv2d(cin, cout, *how, bias=False)
         self.features = nn.Sequential(
-            conv(channels, ch, 4, 2, 1), nn.LeakyReLU(0.2),                      # S/2
+            conv(channels, ch, 4, 2, 1), nn.LeakyReLU(0.2),                   # S/2
             conv(ch, 2 * ch, 4, 2, 1), nn.BatchNorm2d(2 * ch), nn.LeakyReLU(0.2),
             conv(2 * ch, 4 * ch, 4, 2, 1), nn.BatchNorm2d(4 * ch), nn.LeakyReLU(0.2),
             conv(4 * ch, 4 * ch, image_size // 8), nn.LeakyReLU(0.2), nn.Flatten())
         self.mu, self.logvar = nn.Linear(4 * ch, z_dim), nn.Linear(4 * ch, z_dim)
 
     def forward(self, x_m):
-        h = self.features(x_m)                                                   # (B, 4ch)
-        return self.mu(h), self.logvar(h)                                        # 2 x (B, z_dim)
+        h = self.features(x_m)                                                # (B, 4ch)
+        return self.mu(h), self.logvar(h)                                     # 2 x (B, z_dim)
 
 def kl_divergence(mu, logvar):
     """D_KL[N(mu, Sigma) || N(0, 1)] in nats, summed over z (Eq. 1): 2 x (B, z_dim) -> (B,)."""
     return 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum(1)
 
-# --- Decoder (section 3.4: BigGAN blocks with class-conditional batch norm; BigGAN = reference [2]) ---
+# --- Decoder (section 3.4: BigGAN blocks with class-conditional batch norm) ----------------------
 
 def _sn(layer):
     """BigGAN's recipe for every learned layer: orthogonal start, spectral norm."""
@@ -118,7 +119,7 @@ class ConditionalBatchNorm(nn.Module):
         self.bias = _sn(nn.Linear(embed_dim, channels, bias=False))
 
     def forward(self, x, e):
-        gain, bias = 1 + self.gain(e), self.bias(e)                              # (B, channels)
+        gain, bias = 1 + self.gain(e), self.bias(e)                           # (B, channels)
         return torch.addcmul(bias[:, :, None, None], gain[:, :, None, None], self.norm(x))
 
 class UpBlock(nn.Module):
@@ -134,15 +135,15 @@ class UpBlock(nn.Module):
         self.skip = _sn(nn.Conv2d(cin, cout, 1))
 
     def forward(self, x, e=None):
-        h = F.relu(self.norm1(x, e) if self.norm1 else x)                        # (B, cin, S, S)
-        h = self.conv1(F.interpolate(h, scale_factor=2))                         # (B, cout, 2S, 2S)
+        h = F.relu(self.norm1(x, e) if self.norm1 else x)                     # (B, cin, S, S)
+        h = self.conv1(F.interpolate(h, scale_factor=2))                      # (B, cout, 2S, 2S)
         h = self.conv2(F.relu(self.norm2(h, e) if self.norm2 else h))
         # a 1x1 convolution commutes with nearest-neighbour upsampling: convolve the small side
         return h + F.interpolate(self.skip(x), scale_factor=2)
 
 class Decoder(nn.Module):
-    """D: z (B, z_dim), y (B,) -> x' (B, channels, S, S) in [-1, 1]. The label enters through the batch
-    norms alone, so z gives the template and y the class (section 3.4)."""
+    """D: z (B, z_dim), y (B,) -> x' (B, channels, S, S) in [-1, 1]. The label enters through the
+    batch norms alone, so z gives the template and y the class (section 3.4)."""
 
     def __init__(self, num_classes, ch=32, image_size=32, channels=3, z_dim=128):
         super().__init__()
@@ -156,27 +157,27 @@ class Decoder(nn.Module):
                                   _sn(nn.Conv2d(ch, channels, 3, padding=1)), nn.Tanh())
 
     def forward(self, z, y):
-        e = self.embed(y)                                                        # (B, 128)
-        h = self.first(z).unflatten(1, (-1, self.side, self.side))               # (B, 16ch, S/8, S/8)
+        e = self.embed(y)                                                     # (B, 128)
+        h = self.first(z).unflatten(1, (-1, self.side, self.side))            # (B, 16ch, S/8, S/8)
         for block in self.blocks:
-            h = block(h, e)                                                      # 8ch, 4ch, ch
-        return self.last(h)                                                      # (B, channels, S, S)
+            h = block(h, e)                                                   # 8ch, 4ch, ch
+        return self.last(h)                                                   # (B, channels, S, S)
 
 def _checked(**settings):
-    """The settings of a net, or a ValueError for those that no net has, before anything is built."""
+    """The settings of a net, or a ValueError for those that no net has; nothing is built yet."""
     most = dict(num_classes=100_000, ch=256, image_size=512, channels=3, z_dim=4096)
     for k, v in settings.items():
         if type(v) is not int or not 1 <= v <= most[k] or (k, v) == ("channels", 2):
-            raise ValueError(f"{k} cannot be {v!r}: a whole number to {most[k]}, grey 1 or colour 3")
+            raise ValueError(f"{k} cannot be {v!r}: a whole number to {most[k]}, channels 1 or 3")
         if k == "image_size" and (v % 8 or v < 16):
             raise ValueError(f"image size {v} must be a multiple of 8, at least 16")
     return settings
 
 class Generator(nn.Module):
-    """G = D(E(.), y), the whole synthesis (section 3.4): x_m (B, channels, S, S) in [-1, 1], y (B,) ->
-    x' (B, channels, S, S), mu, logvar (B, z_dim). In train() z is sampled; in eval() z = mu, so that
-    a synthesis is repeatable. S is a multiple of 8, at least 16; the paper has 32. conditional=False
-    (Table 6) ignores y: one embedding serves every class. Raises ValueError."""
+    """G = D(E(.), y), the whole synthesis (section 3.4): x_m (B, channels, S, S) in [-1, 1], y (B,)
+    -> x' (B, channels, S, S), mu, logvar (B, z_dim). In train() z is sampled; in eval() z = mu, so
+    that a synthesis is repeatable. S is a multiple of 8, at least 16; the paper has 32.
+    conditional=False (Table 6): one embedding serves every class. Raises ValueError."""
 
     def __init__(self, num_classes, ch=32, image_size=32, channels=3, z_dim=128, conditional=True):
         super().__init__()
@@ -191,11 +192,11 @@ class Generator(nn.Module):
         z = mu + (logvar / 2).exp() * torch.randn_like(mu) if self.training else mu
         return self.decoder(z, y if self.settings["conditional"] else y * 0), mu, logvar
 
-# --- Discriminator (section 3.4, appendix A; U-Net GAN = reference [40]) ---------------------------
+# --- Discriminator (section 3.4, appendix A; U-Net GAN = reference [40]) -------------------------
 
 class DownBlock(nn.Module):
-    """Residual block of D^Unet and C_b: (B, cin, S, S) -> (B, cout, S/2, S/2), or the same side with
-    down=False. The first block of a net takes no activation before it."""
+    """Residual block of D^Unet and C_b: (B, cin, S, S) -> (B, cout, S/2, S/2), or the same side
+    with down=False. The first block of a net takes no activation before it."""
 
     def __init__(self, cin, cout, first=False, down=True):
         super().__init__()
@@ -211,7 +212,7 @@ class DownBlock(nn.Module):
         return h + self.skip(x)
 
 class Projection(nn.Module):
-    """Conditional logit of features h (B, width): w . h + b + embed(y) . h (Miyato and Koyama [30])."""
+    """Conditional logit of features h: w . h + b + embed(y) . h (Miyato and Koyama [30])."""
 
     def __init__(self, width, num_classes):
         super().__init__()
@@ -220,13 +221,13 @@ class Projection(nn.Module):
 
     def forward(self, h, y):
         """h (B, width) or (B, width, H, W), y (B,) -> (B,) or (B, 1, H, W)."""
-        weight = self.linear.weight + self.embed(y)                              # (B, width)
+        weight = self.linear.weight + self.embed(y)                           # (B, width)
         return torch.einsum("bc,bc...->b...", weight, h) + self.linear.bias
 
 class UNetDiscriminator(nn.Module):
-    """D^Unet: is an image of class y real, as a whole and pixel by pixel (appendix A.1)? x (B, channels,
-    S, S), y (B,) -> logit (B,), pixel_logits (B, 1, S, S), positive for real. Both heads see y: Eq. 5
-    writes D_dec(x', y), Eq. 6 D_dec(x'); the authors' code conditions both."""
+    """D^Unet: is an image of class y real, as a whole and pixel by pixel (appendix A.1)? x (B,
+    channels, S, S), y (B,) -> logit (B,), pixel_logits (B, 1, S, S), positive for real. Both heads
+    see y: Eq. 5 writes D_dec(x', y), Eq. 6 D_dec(x'); the authors' code conditions both."""
 
     def __init__(self, num_classes, ch=32, channels=3):
         super().__init__()
@@ -239,28 +240,27 @@ class UNetDiscriminator(nn.Module):
         self.pixel_head = Projection(ch, num_classes)
 
     def forward(self, x, y):
-        h1 = self.down1(x)                                                       # (B, ch, S/2, S/2)
-        h2 = self.down2(h1)                                                      # (B, 4ch, S/4, S/4)
-        h3 = self.down3(h2)                                                      # (B, 16ch, S/8, S/8)
-        logit = self.image_head(F.relu(h3).sum((2, 3)), y)                       # (B,)
-        u = self.up1(h3)                                                         # (B, 4ch, S/4, S/4)
-        u = self.up2(torch.cat([u, h2], 1))                                      # (B, ch, S/2, S/2)
-        u = self.up3(torch.cat([u, h1], 1))                                      # (B, ch, S, S)
-        return logit, self.pixel_head(F.relu(u), y)[:, None]                     # (B, 1, S, S)
+        h1 = self.down1(x)                                                    # (B, ch, S/2, S/2)
+        h2 = self.down2(h1)                                                   # (B, 4ch, S/4, S/4)
+        h3 = self.down3(h2)                                                   # (B, 16ch, S/8, S/8)
+        logit = self.image_head(F.relu(h3).sum((2, 3)), y)                    # (B,)
+        u = self.up1(h3)                                                      # (B, 4ch, S/4, S/4)
+        u = self.up2(torch.cat([u, h2], 1))                                   # (B, ch, S/2, S/2)
+        u = self.up3(torch.cat([u, h1], 1))                                   # (B, ch, S, S)
+        return logit, self.pixel_head(F.relu(u), y)[:, None]                  # (B, 1, S, S)
 
-# --- Losses (Eq. 2 to 6). -log sigmoid(l) is softplus(-l); -log(1 - sigmoid(l)) is softplus(l). ----
+# --- Losses (Eq. 2 to 6). -log sigmoid(l) is softplus(-l); -log(1 - sigmoid(l)) is softplus(l). --
 
 def discriminator_loss(real_logit, real_pixels, fake_logit, fake_pixels):
-    """Eq. 3 = Eq. 4 (image) + Eq. 5 (pixels): logits (B,), pixel logits (B, 1, H, W) -> scalar. Eq. 5
-    sums over pixels; the mean, as in the authors' code, keeps both terms alike at any size."""
-    image = F.softplus(-real_logit).mean() + F.softplus(fake_logit).mean()
-    pixel = F.softplus(-real_pixels).mean() + F.softplus(fake_pixels).mean()
-    return image + pixel
+    """Eq. 3 = Eq. 4 (image) + Eq. 5 (pixels): logits (B,), pixel logits (B, 1, H, W) -> scalar. Eq.
+    5 sums over pixels; the mean, as in the authors' code, keeps both terms alike at any size."""
+    return (F.softplus(-real_logit).mean() + F.softplus(fake_logit).mean()
+            + F.softplus(-real_pixels).mean() + F.softplus(fake_pixels).mean())
 
 def generator_loss(fake_logit, fake_pixels, x_fake, x, adv=1.0, l1=1.0, l2=1.0, ssim_weight=1.0):
-    """Eq. 6: fool both heads and resemble x: logits (B,), pixel logits (B, 1, H, W), images (B, C, H, W)
-    -> scalar. Pixel terms are means; the paper adds SSIM, which must shrink as images grow alike,
-    hence 1 - SSIM. The weights are 1 in Eq. 6; train_gen.py says what it takes and why."""
+    """Eq. 6: fool both heads and resemble x: logits (B,), pixel logits (B, 1, H, W), images
+    (B, C, H, W) -> scalar. The paper adds SSIM, which must shrink as images grow alike, hence
+    1 - SSIM. The weights are 1 in Eq. 6; train_gen.py says what it takes and why."""
     adversarial = F.softplus(-fake_logit).mean() + F.softplus(-fake_pixels).mean()
     return (adv * adversarial + l1 * F.l1_loss(x_fake, x) + l2 * F.mse_loss(x_fake, x)
             + ssim_weight * (1 - ssim(x_fake, x).mean()))
@@ -270,7 +270,7 @@ def hinge_loss(right, wrong):
     return F.relu(1 - right).mean() + F.relu(1 + wrong).mean()
 
 def ssim(x, y):
-    """Structural similarity of images (B, C, H, W) in [-1, 1], sides of at least 11 -> (B,), 1 = equal.
+    """Structural similarity of images (B, C, H, W) in [-1, 1], sides from 11 -> (B,), 1 = equal.
     11 x 11 Gaussian window, sigma 1.5, valid convolution, C1 = 0.01^2, C2 = 0.03^2 on [0, 1]."""
     g = torch.exp(-(torch.arange(11, device=x.device, dtype=x.dtype) - 5).square() / (2 * 1.5**2))
     g = g / g.sum()
@@ -286,12 +286,12 @@ def ssim(x, y):
              / ((mx * mx + my * my + 1e-4) * (xx - mx * mx + yy - my * my + 9e-4)))
     return value.mean((1, 2, 3))
 
-# --- Scorers (section 3.5): f(x, x', y) -> (B,), higher = in-distribution --------------------------
+# --- Scorers (section 3.5): f(x, x', y) -> (B,), higher = in-distribution ------------------------
 
 class BinaryScorer(nn.Module):
-    """C_b (Figure 3): does x' show what x shows, given that x' was made for label y? x, x' (B, channels,
-    S, S), y (B,) -> (B,), higher = in-distribution (the authors' sign is the opposite). BigGAN's small
-    discriminator on the pair; the authors' self-attention is left out, the paper has none."""
+    """C_b (Figure 3): does x' show what x shows, given that x' was made for label y? x, x' (B,
+    channels, S, S), y (B,) -> (B,), higher = in-distribution (the authors' sign is the opposite).
+    BigGAN's small discriminator on the pair, without the authors' self-attention."""
 
     def __init__(self, num_classes, ch=32, channels=3):
         super().__init__()
@@ -302,23 +302,23 @@ class BinaryScorer(nn.Module):
         self.head = Projection(2 * ch, num_classes)
 
     def forward(self, x, x_fake, y):
-        h = self.blocks(torch.cat([x, x_fake], 1))                               # (B, 2ch, S/4, S/4)
-        return self.head(F.relu(h).sum((2, 3)), y)                               # (B,)
+        h = self.blocks(torch.cat([x, x_fake], 1))                            # (B, 2ch, S/4, S/4)
+        return self.head(F.relu(h).sum((2, 3)), y)                            # (B,)
 
 WEIGHT_FILES = {"vgg": "vgg16-397923af.pth", "alex": "alexnet-owt-7be5be79.pth",
                 "squeeze": "squeezenet1_1-b8a52dc0.pth", "dists": "dists_alpha_beta.pt"}
 DISTS_URL = "https://raw.githubusercontent.com/dingkeyan93/DISTS/master/DISTS_pytorch/weights.pt"
 
 def _pretrained(name, load):
-    """load(), which may download WEIGHT_FILES[name]; a failure becomes a line that says what to do."""
+    """load(), which may download WEIGHT_FILES[name]; a failure says in a line what to do."""
     try:
         with warnings.catch_warnings():  # lpips calls torchvision by its old keyword
             warnings.simplefilter("ignore", UserWarning)
             return load()
     except Exception as error:  # downloads and damaged files fail in many ways
-        raise OSError(f"no usable weights {WEIGHT_FILES[name]} ({str(error).splitlines()[0]}): put the "
-                      f"file into {torch.hub.get_dir()}/checkpoints (TORCH_HOME moves that folder), or "
-                      "run without it: --scorers cb ssim") from error
+        raise OSError(f"no usable weights {WEIGHT_FILES[name]} ({str(error).splitlines()[0]}): put "
+                      f"them into {torch.hub.get_dir()}/checkpoints (TORCH_HOME moves it), or run "
+                      "without them: --scorers cb ssim") from error
 
 def _for_perception(x):
     """Grey to three channels, sides under 32 to 32: the pretrained nets know nothing smaller."""
@@ -339,10 +339,10 @@ class LPIPS(nn.Module):
         return self.metric(_for_perception(x), _for_perception(x_fake)).flatten()
 
 class DISTS(nn.Module):
-    """Structure and texture distance of Ding et al. [8], on torchvision's VGG16: x, x' (B, 1 or 3, H, W)
-    in [-1, 1] -> (B,), 0 = equal. Stages are the image and relu1_2, 2_2, 3_3, 4_3, 5_3; of each
-    channel the means compare texture (S1), the covariance structure (S2); learned weights alpha, beta
-    mix them. Raises OSError without the weights."""
+    """Structure and texture distance of Ding et al. [8], on torchvision's VGG16: x, x' (B, 1 or 3,
+    H, W) in [-1, 1] -> (B,), 0 = equal. Stages are the image and relu1_2, 2_2, 3_3, 4_3, 5_3; of
+    each channel the means compare texture (S1), the covariance structure (S2); learned weights
+    alpha, beta mix them. Raises OSError without the weights."""
 
     def __init__(self):
         super().__init__()
@@ -353,7 +353,7 @@ class DISTS(nn.Module):
         learned = _pretrained("dists", lambda: torch.hub.load_state_dict_from_url(
             DISTS_URL, map_location="cpu", file_name=WEIGHT_FILES["dists"], weights_only=True))
         window = torch.hann_window(5, periodic=False)[1:-1]
-        self.register_buffer("alpha", learned["alpha"].flatten())                # (1475,)
+        self.register_buffer("alpha", learned["alpha"].flatten())             # (1475,)
         self.register_buffer("beta", learned["beta"].flatten())
         self.register_buffer("window", torch.outer(window, window) / window.sum()**2)
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None])
@@ -373,7 +373,7 @@ class DISTS(nn.Module):
     def forward(self, x, x_fake):
         s1, s2, c = [], [], 1e-6
         for a, b in zip(self._features(x), self._features(x_fake)):
-            ma, mb = a.mean((2, 3)), b.mean((2, 3))                                      # (B, C)
+            ma, mb = a.mean((2, 3)), b.mean((2, 3))                           # (B, C)
             va, vb = a.var((2, 3), correction=0), b.var((2, 3), correction=0)
             cov = (a * b).mean((2, 3)) - ma * mb
             s1.append((2 * ma * mb + c) / (ma.square() + mb.square() + c))
@@ -402,49 +402,54 @@ SCORERS = {"cb": lambda settings, classifier: BinaryScorer(**settings),
            "dists": lambda settings, classifier: _minus(DISTS()),
            "energy": _energy}
 
-# --- From scores to one verdict (section 3.5): conformal p-values, joined --------------------------
+# --- From scores to one verdict (section 3.5): conformal p-values, joined ------------------------
 
 # any scorer that flags rejects, as in the paper; and the sum of log p (Fisher's method)
 RULES = {"min-p": lambda log_p: log_p.min(0).values, "fisher": lambda log_p: log_p.sum(0)}
 
 def log_p_values(scores, held_out):
     """Logarithms of conformal p-values: scores (B,), held-out in-distribution scores (n,) -> (B,)
-    float64 on the CPU. p is the share of the n + 1 scores that are no higher, linear between held-out
-    scores, continued beyond them towards 0 and 1, so that distinct scores never tie. A score that is
-    not finite gives NaN."""
-    s, (h, counts) = scores.detach().cpu().double(), held_out.cpu().double().unique(return_counts=True)
-    s = torch.where(s.isfinite(), s, torch.nan)
-    p, spread = counts.cumsum(0) / (counts.sum() + 1), (h[-1] - h[0]).clamp(min=1e-9)
-    below = p[0] / (1 + (h[0] - s) / spread)
-    above = 1 - (1 - p[-1]) / (1 + (s - h[-1]) / spread)
+    float64 on the CPU. p is the share of the n + 1 scores that are no higher: linear between
+    held-out scores; below them an exponential tail with the mean excess of their lowest tenth;
+    above them towards 1. Distinct scores never tie; one that is not finite gives NaN."""
+    s, h = scores.detach().cpu().double(), held_out.cpu().double().sort().values
+    s, tenth = torch.where(s.isfinite(), s, torch.nan), len(h) // 10 + 1
+    excess = (h[min(tenth, len(h) - 1)] - h[:tenth]).mean().clamp(min=1e-9)
+    h, counts = h.unique(return_counts=True)
+    p = counts.cumsum(0) / (counts.sum() + 1)
+    below = p[0].log() - (h[0] - s) / excess
+    above = 1 - (1 - p[-1]) / (1 + (s - h[-1]) / (h[-1] - h[0]).clamp(min=1e-9))
     inside = torch.from_numpy(np.interp(s, h, p))
-    return torch.where(s < h[0], below, torch.where(s > h[-1], above, inside)).log()
+    log_p = torch.where(s < h[0], below, torch.where(s > h[-1], above, inside).log())
+    return log_p + 0 * s  # NaN stays NaN
 
 def join(scores, held_out):
-    """Scores {name: (B,)} and held-out scores {name: (n,)} -> {rule: (B,)} on the scores' device."""
+    """Scores {name: (B,)}, held-out scores {name: (n,)} -> {rule: (B,)} on the scores' device."""
     log_p = torch.stack([log_p_values(scores[name], held_out[name]) for name in held_out])
-    return {rule: f(log_p).float().to(scores[next(iter(held_out))].device) for rule, f in RULES.items()}
+    device = next(iter(scores.values())).device
+    return {rule: f(log_p).float().to(device) for rule, f in RULES.items()}
 
 def fit_calibration(scores, tpr=0.95):
-    """From scores {name: (n,)} of held-out in-distribution images under y = C(x): the even images' for
-    join(), and each rule's threshold, set on the odd ones so that it accepts a share of at least `tpr`
-    of fresh images, whatever the scorers. Raises ValueError."""
+    """From scores {name: (n,)} of held-out in-distribution images under y = C(x): the even images'
+    for join(), and each rule's threshold, set on the odd ones so that it accepts a share of at
+    least `tpr` of fresh images, whatever the scorers. Raises ValueError."""
     if not all(bool(s.isfinite().all()) for s in scores.values()):
-        raise ValueError("a held-out image has a score that is not finite: check scorers and classifier")
+        raise ValueError("a held-out image has a score that is not finite: check the scorers")
     even, odd = ({name: s[half::2].cpu().clone() for name, s in scores.items()} for half in (0, 1))
     n = len(next(iter(odd.values())))
     # accepting down to the k-th largest of n accepts a fresh image with probability k / (n + 1)
     k = math.ceil(tpr * (n + 1) - 1e-9)
     if not 0 < tpr < 1 or k > n:
-        raise ValueError(f"{n} images, half of the held-out ones, cannot fix a TPR of {tpr}: give more")
-    joint = {rule: s.sort(descending=True).values[k - 1].item() for rule, s in join(odd, even).items()}
-    return dict(held_out=even, threshold=joint, tpr=tpr)
+        raise ValueError(f"{n} held-out images (half of them) cannot fix a TPR of {tpr}: give more")
+    threshold = {rule: s.sort(descending=True).values[k - 1].item()
+                 for rule, s in join(odd, even).items()}
+    return dict(held_out=even, threshold=threshold, tpr=tpr)
 
-# --- Detector (Figure 2) ---------------------------------------------------------------------------
+# --- Detector (Figure 2) -------------------------------------------------------------------------
 
 def fold(net):
-    """net for inference, in place: eval(), no gradients, channels-last, and spectral norms multiplied
-    into plain weights. Returns it."""
+    """net, in place, for inference: eval(), no gradients, channels-last, spectral norms multiplied
+    into plain weights."""
     net.eval().requires_grad_(False).to(memory_format=torch.channels_last)
     for module in list(net.modules()):
         if is_parametrized(module):
@@ -454,10 +459,10 @@ def fold(net):
 class MoodCat:
     """The detector, for any classifier: x is rejected when its synthesis under y = C(x) differs.
 
-    generator: a trained Generator; scorers: {name: f}, f(x, x', y) -> (B,), higher = in-distribution;
-    mask: f(x, i) -> (x_m, M), by default ImageMask(); a score is the mean over `masks` of them, i = 0,
-    1, ... (the paper: 1); rule: the one of RULES that is_ood() goes by. Nets are taken over for
-    inference, see fold(). Raises ValueError."""
+    generator: a trained Generator; scorers: {name: f}, f(x, x', y) -> (B,), higher =
+    in-distribution; mask: f(x, i) -> (x_m, M), by default ImageMask(); a score is the mean over
+    `masks` of them, i = 0, 1, ... (the paper: 1); rule: the one of RULES that is_ood() goes by.
+    Nets are taken over for inference, see fold(). Raises ValueError."""
 
     def __init__(self, generator, scorers, mask=None, masks=1, rule="min-p"):
         if not scorers or rule not in RULES:
@@ -474,9 +479,9 @@ class MoodCat:
                 raise ValueError(f"C_b is for {f.settings}, the generator for {generator.settings}")
 
     def synthesise(self, x, y, i=0):
-        """x (B, C, S, S) in [-1, 1], y (B,) -> {scorer: (B,)}, x_m, x' under the i-th mask: Figure 2."""
+        """Figure 2: x (B, C, S, S), y (B,) -> {scorer: (B,)}, x_m, x', by the i-th mask."""
         x_m, _ = self.mask(x, i)                                                 # M
-        x_fake, _, _ = self.generator(x_m, y)                                    # G = D(E(.), y)
+        x_fake, _, _ = self.generator(x_m, y)                                 # G = D(E(.), y)
         return {name: f(x, x_fake, y) for name, f in self.scorers.items()}, x_m, x_fake
 
     @torch.no_grad()
@@ -491,17 +496,19 @@ class MoodCat:
             for i in range(self.masks):
                 for name, value in self.synthesise(x[part], y[part], i)[0].items():
                     scores[name][part] += value / self.masks
-        return dict(scores, **(join(scores, self.calibration["held_out"]) if self.calibration else {}))
+        if self.calibration:
+            scores.update(join(scores, self.calibration["held_out"]))
+        return scores
 
     def calibrate(self, x, y, tpr=0.95, **about):
-        """Fix p-values and thresholds on held-out in-distribution images x (n, C, S, S), y = C(x) (n,);
+        """Fix p-values and thresholds on held-out in-distribution images x (n, C, S, S), y = C(x);
         `about` is kept with them. Returns self; raises ValueError."""
         scores = {name: s for name, s in self.score(x, y).items() if name in self.scorers}
         self.calibration = dict(fit_calibration(scores, tpr), about=about)
         return self
 
     def is_ood(self, x, y):
-        """True where an image is rejected: x (B, C, S, S) in [-1, 1], y (B,) = C(x) -> bool (B,)."""
+        """True where rejected: x (B, C, S, S) in [-1, 1], y (B,) = C(x) -> bool (B,)."""
         if not self.calibration:
             raise ValueError("calibrate the detector before asking for verdicts")
         return self.rejects(self.score(x, y))
@@ -527,8 +534,8 @@ class MoodCat:
         return x.clamp(-1, 1), y.long()
 
     def save(self, path):
-        """Everything needed to deploy beside the classifier, in one file. A mask other than ImageMask
-        must be given to load() again. Raises OSError, or ValueError for a scorer without a name."""
+        """Everything needed to deploy beside the classifier, in one file. A mask other than
+        ImageMask must be given to load() again. Raises OSError, or ValueError."""
         for name in self.scorers.keys() - SCORERS.keys():
             raise ValueError(f"cannot save the scorer {name!r}: it is not in moodcat.SCORERS")
         nets = {"generator": self.generator, **self.scorers}
@@ -540,30 +547,30 @@ class MoodCat:
 
     @classmethod
     def load(cls, path, device="cpu", classifier=None, mask=None):
-        """The detector that save() wrote; classifier: images (B, C, S, S) to logits (B, K), for one with
+        """The detector that save() wrote; classifier: images (B, C, S, S) to logits (B, K), for
         energy; mask: as for MoodCat. Raises OSError or ValueError."""
         saved = load_checkpoint(path, "detector", device)
         try:
             settings = {name: net["settings"] for name, net in saved["nets"].items()}
-            nets = {name: SCORERS[name](settings.get(name), classifier) for name in saved["scorers"]}
+            nets = {k: SCORERS[k](settings.get(k), classifier) for k in saved["scorers"]}
             generator = Generator(**settings["generator"]).to(device)
-            detector = cls(generator, nets, mask or ImageMask(**saved["mask"]), saved["masks"],
-                           saved["rule"])
+            mask = mask or ImageMask(**saved["mask"])
+            detector = cls(generator, nets, mask, saved["masks"], saved["rule"])
             for name, net in saved["nets"].items():
                 {"generator": generator, **nets}[name].load_state_dict(net["weights"])
             detector.calibration = saved["calibration"]
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-            raise ValueError(f"{path} cannot be loaded ({error!r}); train again, or give what it was "
-                             "saved with: classifier, mask, scorers in moodcat.SCORERS") from error
+            raise ValueError(f"{path} cannot be loaded ({error!r}): give what it was saved with, "
+                             "classifier, mask and SCORERS, or train again") from error
         return detector
 
-# --- Checkpoints: one dictionary, never half-written, never executed on loading, damage noticed ----
+# --- Checkpoints: one dictionary, never half-written, never executed on loading, damage noticed --
 
 FORMAT = "moodcat 2"
 
 def save_checkpoint(path, content):
-    """Write content, a dict with "kind", to a temporary file beside `path`, then rename it: what was
-    there before stays whole until then. Raises OSError."""
+    """Write content, a dict with "kind", to a temporary file beside `path`, then rename it: what
+    was there before stays whole until then. Raises OSError."""
     path, buffer = Path(path), io.BytesIO()
     torch.save({**content, "format": FORMAT, "torch": str(torch.__version__)}, buffer)
     temporary = path.with_name(f"{path.name}.tmp")
@@ -573,21 +580,21 @@ def save_checkpoint(path, content):
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise OSError(f"cannot write {path} ({error.strerror}); an earlier one is whole: make room or "
-                      "choose another --run, then go on with --resume") from error
+        raise OSError(f"cannot write {path} ({error.strerror}); an earlier one is whole: make room "
+                      "or choose another --run, then go on with --resume") from error
 
 def load_checkpoint(path, kind, device="cpu"):
-    """The dict of that kind that save_checkpoint wrote. Raises OSError (missing) or ValueError (damaged,
-    foreign, another kind)."""
+    """The dict of that kind that save_checkpoint wrote. Raises OSError (missing) or ValueError
+    (damaged, foreign, another kind)."""
     if not Path(path).is_file():
         raise OSError(f"{path} does not exist")
     try:
-        with zipfile.ZipFile(path) as archive:  # torch.save's format, with a checksum of each tensor
+        with zipfile.ZipFile(path) as archive:  # torch.save's format, a checksum for each tensor
             if archive.testzip() is not None:
                 raise ValueError("its checksum differs")
         saved = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # damaged bytes can fail anywhere in the unpickler
-        raise ValueError(f"{path} is damaged or no checkpoint; delete it and train again") from error
+        raise ValueError(f"{path} is damaged or no checkpoint: delete it, train again") from error
     if not isinstance(saved, dict) or saved.get("format") != FORMAT:
         raise ValueError(f"{path} is not a checkpoint of this version of the project")
     if saved["kind"] != kind:

@@ -1,16 +1,15 @@
-"""Train MoodCat's generator (Algorithm 1). Also home to what the scripts share: the data, the common
-flags and the loop that checkpoints, logs and resumes.
+"""Train MoodCat's generator (Algorithm 1). Home of what the scripts share: data, flags, loop.
 
-    python train_gen.py                                          # handwritten digits, CPU, 1 minute
-    python train_gen.py --data cifar10 --run runs/cifar10        # the paper's width, for a GPU
-    python train_gen.py --data FOLDER --run runs/mine --ch 16    # FOLDER/{train,test}/<class>/*.png
-    python train_gen.py --data cifar10 --run runs/cifar10 --resume    # go on after an interruption
-    torchrun --nproc_per_node=4 -- train_gen.py ...              # one process for each of 4 GPUs
+    python train_gen.py                                        # handwritten digits, CPU, 1 minute
+    python train_gen.py --data cifar10 --run runs/cifar10      # the paper's width, for a GPU
+    python train_gen.py --data FOLDER --run runs/mine --ch 16  # FOLDER/{train,test}/<class>/*.png
+    torchrun --nproc_per_node=4 -- train_gen.py ...            # one process for each of 4 GPUs
 
-Writes RUN/generator.pt and its log RUN/generator.jsonl.
+Writes RUN/generator.pt and RUN/generator.jsonl, its log. After an interruption, add --resume.
 """
 
 import argparse
+import fcntl
 import hashlib
 import json
 import os
@@ -27,13 +26,13 @@ from PIL import Image, ImageOps
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from moodcat import (WEIGHT_FILES, Generator, UNetDiscriminator, discriminator_loss, generator_loss,
-                     kl_divergence, load_checkpoint, random_mask, save_checkpoint)
+from moodcat import (WEIGHT_FILES, Generator, UNetDiscriminator, discriminator_loss,
+                     generator_loss, kl_divergence, load_checkpoint, random_mask, save_checkpoint)
 
 # Settings. The paper: Adam (0, 0.999), 5e-5 for all nets, batch 96, ch 32, and every term of Eq. 6
 # with weight 1. The authors' code: 2 l1, 3 l2, 5 SSIM, 4 KL as a mean over the 128 dimensions.
 PRESETS = {  # kl_weight: of the sum over z; it decides how much y matters
-    "digits": dict(image_size=16, ch=8, batch_size=64, steps=500, kl_weight=0.1),
+    "digits": dict(image_size=16, ch=8, batch_size=32, steps=800, kl_weight=0.1),
     "colour": dict(image_size=None, ch=32, batch_size=96, steps=100_000, kl_weight=0.1)}
 LR_G, LR_D = 5e-4, 1e-3  # ten times the paper's, for trainings of minutes to hours; D ahead of G
 BETAS = (0.0, 0.999)
@@ -45,15 +44,15 @@ LOG_EVERY = 10           # steps
 WORLD, RANK, LOCAL_RANK = (int(os.environ.get(k, d)) for k, d in (
     ("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))  # torchrun sets these
 
-# --- Data: each split is one uint8 tensor (N, C, S, S); the fixed held-out part trains nothing ------
+# --- Data: each split is one uint8 tensor (N, C, S, S); the held-out part trains nothing ---------
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 MIN_HELD_OUT = 40         # half of them fix a threshold for 95%
 DOWNLOADS = Path("data")  # where torchvision puts CIFAR, SVHN, DTD
 
 def image_files(folder):
-    """The name of every image file below a folder (or of the file itself), sorted; hidden ones do not
-    count. Raises OSError if there is none."""
+    """Names of the image files below a folder (or of a file), sorted, without hidden ones. Raises
+    OSError if there is none."""
     files = [str(folder)] if os.path.isfile(folder) else []
     for root, folders, names in os.walk(folder):
         folders[:] = [f for f in folders if not f.startswith(".")]
@@ -64,75 +63,70 @@ def image_files(folder):
     return sorted(files)
 
 def find_images(data, split):
-    """digits, cifar10, cifar100, svhn, dtd or a folder with train/<class>/ and test/<class>/ -> images
-    (PIL images or file names), labels (N,), class names. Raises OSError or ValueError."""
+    """digits, cifar10, cifar100, svhn, dtd or a folder with train/<class>/ and test/<class>/ -> PIL
+    images or file names, labels (N,), class names. Raises OSError."""
     if data == "digits":
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
-        digits = load_digits()  # 1,797 images of 8 x 8 pixels, 0 to 16; no split of its own
-        rows = train_test_split(np.arange(1797), test_size=1 / 3, random_state=0,
-                                stratify=digits.target)[split == "test"]
-        images = (digits.images[np.sort(rows)] * 255 / 16).astype(np.uint8)
-        return [Image.fromarray(a) for a in images], digits.target[np.sort(rows)], list("0123456789")
+        x, y = load_digits(return_X_y=True)  # 1,797 images of 8 x 8 pixels, 0 to 16; no split
+        rows = np.sort(train_test_split(np.arange(len(y)), test_size=1 / 3, random_state=0,
+                                        stratify=y)[split == "test"])
+        x = (x[rows] * 255 / 16).astype(np.uint8).reshape(-1, 8, 8)
+        return [Image.fromarray(a) for a in x], y[rows], list("0123456789")
     if data in ("cifar10", "cifar100", "svhn", "dtd"):
         from torchvision import datasets
         how = dict(train=split == "train") if data.startswith("cifar") else dict(split=split)
         try:
-            for turn in range(2):  # one process of a machine downloads, then the others read
-                if turn == min(LOCAL_RANK, 1):
-                    pairs = getattr(datasets, data.upper())(DOWNLOADS, download=True, **how)
-                if WORLD > 1:
-                    dist.barrier()
+            pairs = getattr(datasets, data.upper())(DOWNLOADS, download=RANK == 0, **how)
         except (OSError, RuntimeError) as error:
-            raise OSError(f"cannot download {data} ({error}): unpack it into {DOWNLOADS.resolve()} or "
-                          "go online") from error
+            raise OSError(f"cannot download {data} ({error}): unpack it into {DOWNLOADS.resolve()}"
+                          " or go online; before torchrun, download it once") from error
         images, labels = zip(*pairs)
-        return list(images), labels, getattr(pairs, "classes", [])
+        return images, labels, getattr(pairs, "classes", [])
     root = Path(data, split)
     if not root.is_dir():
         raise OSError(f"{root} does not exist: --data takes digits, cifar10, cifar100 or a folder "
                       "that holds train/<class>/ and test/<class>/")
     classes = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-    files = [(f, label) for label, name in enumerate(classes) for f in image_files(root / name)]
-    return [f for f, _ in files], [label for _, label in files], classes
+    files = [(file, y) for y, name in enumerate(classes) for file in image_files(root / name)]
+    return [file for file, _ in files], [y for _, y in files], classes
 
 def fit_image(image, channels, size):
-    """PIL image -> uint8 (channels, size, size): the shorter side is resized, the centre kept. Integer
-    grey is taken as of 8, 12 or 16 bits, the least that holds its largest value; alpha is dropped."""
+    """PIL image -> uint8 (channels, size, size): the shorter side resized, the centre kept, alpha
+    dropped. Integer grey has 8, 12 or 16 bits, the least that hold its largest value."""
     if image.mode == "F":
         raise ValueError("float pixels have no fixed range")
     if image.mode.startswith("I"):
         a = np.asarray(image).astype(np.int64).clip(0, 65535)
-        image = Image.fromarray((a * 255 // min(n for n in (255, 4095, 65535) if n >= a.max())
-                                 ).astype(np.uint8))
+        full = min(n for n in (255, 4095, 65535) if n >= a.max())
+        image = Image.fromarray((a * 255 // full).astype(np.uint8))
     image = ImageOps.exif_transpose(image).convert("RGB" if channels == 3 else "L")
     if image.size != (size, size):
         image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
     return np.asarray(image).reshape(size, size, channels).transpose(2, 0, 1)
 
 def read_images(images, channels, size=None):
-    """PIL images or file names -> uint8 (N, channels, size, size); size None: their own, as a multiple
-    of 8 from 16 to 64. Any that cannot be read stop the run: raises OSError with their number and the
-    first one's name, since a skipped image changes every n."""
-    bad = {}
+    """PIL images or file names -> uint8 (N, channels, size, size); size None: their own, as a
+    multiple of 8 from 16 to 64. One that cannot be read raises OSError: to skip changes every n."""
+    bad, x = {}, None
 
-    def read(i, work):
+    def read(i):
         try:
-            with Image.open(images[i]) if isinstance(images[i], str) else images[i].copy() as image:
-                return work(image)
-        except Exception as error:  # damaged files fail in many ways; each is reported below
+            image = Image.open(images[i]) if isinstance(images[i], str) else images[i]
+            if x is None:
+                return min(image.size)
+            x[i] = fit_image(image, channels, size)
+        except Exception as error:  # damaged files fail in many ways; the first is reported below
             bad[i] = error
 
     if size is None:
-        sides = [read(i, lambda image: min(image.size)) for i in range(0, len(images), len(images) // 50 + 1)]
-        side = int(np.median([s for s in sides if s] or [32]))
-        size = min(max(round(side / 8) * 8, 16), 64)
-        print(f"images of {side} px are taken at {size} px: --image-size changes that")
+        sides = [s for s in map(read, range(0, len(images), len(images) // 50 + 1)) if s]
+        size = min(max(round(np.median(sides or [32]) / 8) * 8, 16), 64)
+        print(f"images of {sides[:1]} px are taken at {size} px: --image-size changes that")
     x = np.zeros((len(images), channels, size, size), np.uint8)
     with ThreadPoolExecutor() as pool:
         for i in range(0, len(x), 1024):  # so that a long list is not all in flight
-            list(pool.map(lambda j: read(j, lambda image: x.__setitem__(
-                j, fit_image(image, channels, size))), range(i, min(i + 1024, len(x)))))
+            list(pool.map(read, range(i, min(i + 1024, len(x)))))
     for i in sorted(bad)[:1]:
         raise OSError(f"{len(bad)} of {len(x)} images cannot be read, the first is {images[i]!r} "
                       f"({bad[i]}): repair or remove them")
@@ -140,71 +134,70 @@ def read_images(images, channels, size=None):
 
 def image_hashes(x):
     """uint8 images (N, C, S, S) -> int64 (N,), equal for equal pixels."""
-    digests = (hashlib.blake2b(image.tobytes(), digest_size=8).digest() for image in x.cpu().numpy())
-    return torch.from_numpy(np.frombuffer(b"".join(digests), np.int64).copy())
+    hashes = (hashlib.blake2b(image.tobytes(), digest_size=8) for image in x.cpu().numpy())
+    return torch.from_numpy(np.frombuffer(b"".join(h.digest() for h in hashes), np.int64).copy())
 
 def held_out(hashes, y):
-    """The training images that train nothing, by their pixels: the same image is held out wherever it
-    stands. hashes, labels (N,) -> bool (N,): a tenth of each class, 30 at least, half at most."""
+    """Hashes of the training images and labels (N,) -> bool (N,), those that train nothing: a tenth
+    of each class, 30 at least, half at most. A hash chooses, so that the same image is always held
+    out, wherever it stands."""
     held = torch.zeros(len(y), dtype=torch.bool)
     for c in y.unique():
         own = hashes[y == c]
-        n = min(max(30, len(own) // 10), len(own) // 2)
-        held[y == c] = own < own.sort().values[n]
+        held[y == c] = own < own.sort().values[min(max(30, len(own) // 10), len(own) // 2)]
     return held
 
 class Split:
-    """The images of one split: x uint8 (N, C, S, S), y (N,) with labels 0 to K - 1 and the held-out
-    mask `held` (N,), on the device; `unknown` uint8 (M, C, S, S), images of the other classes;
-    `classes`, the K names, among `all_classes`; `names`, `unknown_names` of the images; `fingerprint` of
-    x and y. Raises OSError or ValueError."""
+    """Images of a split: x uint8 (N, C, S, S), y (N,) from 0 to K - 1 and `held` (N,), which are
+    held out, on the device; `unknown` (M, C, S, S), images of the other classes; `classes`, K of
+    `all_classes`; `names`, `unknown_names` of images; `fingerprint`. Raises OSError, ValueError."""
 
     def __init__(self, data, split, known=None, size=None, device="cpu"):
         images, y, self.all_classes = find_images(data, split)
         known = known or self.all_classes[:6 if data == "digits" else None]
         for name in known:
             if name not in self.all_classes:
-                raise ValueError(f"no class {name!r}: the data has {', '.join(self.all_classes)}")
+                raise ValueError(f"no class {name!r}: there are {', '.join(self.all_classes)}")
         self.classes = [name for name in self.all_classes if name in known]
+        if len(self.classes) < 2:
+            raise ValueError(f"{len(self.classes)} known class(es): two are the least")
         y = torch.tensor([self.classes.index(name) if name in known else -1
                           for name in self.all_classes])[torch.tensor(y)]
-        if len(self.classes) < 2 or len(y[y >= 0].unique()) < len(self.classes):
-            raise ValueError(f"{data} has {len(y[y >= 0].unique())} known classes with {split} images: "
-                             "two are the least")
         x = read_images(images, 1 if data == "digits" else 3, size)
         names = np.array([im if isinstance(im, str) else str(i) for i, im in enumerate(images)])
         self.x, self.y, self.names = x[y >= 0].to(device), y[y >= 0].to(device), names[y >= 0]
         self.unknown, self.unknown_names = x[y < 0].to(device), names[y < 0]
-        hashes = image_hashes(self.x)
-        self.held = held_out(hashes, y[y >= 0]).to(device)
-        self.fingerprint = hashlib.sha256(str(sorted(zip(hashes.tolist(), y[y >= 0].tolist()))
-                                              ).encode()).hexdigest()[:16]
+        hashes, y = image_hashes(self.x), y[y >= 0]
+        self.held = held_out(hashes, y).to(device)
+        content = str(sorted(zip(hashes.tolist(), y.tolist())))
+        self.fingerprint = hashlib.sha256(content.encode()).hexdigest()[:16]
         if split == "train" and self.held.sum() < MIN_HELD_OUT:
-            raise ValueError(f"{int(self.held.sum())} held-out images are too few for a threshold: "
-                             f"{MIN_HELD_OUT} are the least, half of the training images at most")
+            raise ValueError(f"{int(self.held.sum())} held-out images (30 of a class, half at most)"
+                             f" cannot fix a threshold: {MIN_HELD_OUT} are the least")
 
 def to_float(x):
     """uint8 (N, C, S, S) -> float in [-1, 1]."""
     return x.float() / 127.5 - 1
 
-# --- Command line -----------------------------------------------------------------------------------
+# --- Command line --------------------------------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
-    """The flags that the scripts share, and those of the two trainings; a wrong one ends in one line."""
+    """The flags of all scripts and, with steps, of the trainings; a wrong one ends in one line."""
 
     def __init__(self, doc, steps=None):
         super().__init__(description=doc, allow_abbrev=False,
                          formatter_class=argparse.RawDescriptionHelpFormatter)
         add = self.add_argument
         add("--run", default="runs/digits", help="folder of all that is written [%(default)s]")
-        add("--data", help="digits, cifar10, cifar100, or a folder with train/<class>/ and test/<class>/ "
-                           "[the run's, or digits]")
+        add("--data", help="digits, cifar10, cifar100 or a folder that holds train/<class>/ and "
+                           "test/<class>/ [the run's, or digits]")
         add("--seed", type=int, default=0, help="[%(default)s]")
-        add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="[%(default)s]")
+        cuda = torch.cuda.is_available()
+        add("--device", default="cuda" if cuda else "cpu", help="[%(default)s]")
         if steps:
             add("--steps", type=int, help=steps)
             add("--resume", action="store_true", help="go on where the same command stopped")
-            add("--bf16", action="store_true", help="nets in bfloat16: faster where the hardware has it")
+            add("--bf16", action="store_true", help="bfloat16: faster where the hardware has it")
 
     def parse_args(self, argv=None):
         args = super().parse_args(argv)
@@ -236,23 +229,20 @@ def run_script(main):
     except (ValueError, OSError) as error:
         sys.exit("error: " + " ".join(str(error).split()))
     except (MemoryError, torch.OutOfMemoryError):
-        sys.exit("error: too little memory: take a smaller --batch-size or --image-size, or fewer images")
+        sys.exit("error: too little memory: lower --batch-size, --image-size or the images' number")
     except KeyboardInterrupt:
         sys.exit(130)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
-# --- The loop around a training step, for one process or several ------------------------------------
+# --- The loop around a training step, for one process or several ---------------------------------
 
-def share(*batch):
-    """This process's part of each tensor of a global batch, which every process draws; from here on its
-    random numbers are its own. Nothing changes for one process. Raises ValueError."""
-    if any(len(t) % WORLD for t in batch):
-        raise ValueError(f"--batch-size must be a multiple of the {WORLD} processes")
-    if WORLD > 1:
-        torch.manual_seed(torch.initial_seed() + 7919 * RANK)
-    return [t[RANK::WORLD] for t in batch]
+def draw(batch_size, x, y):
+    """Of uint8 images x (N, C, S, S) and labels y (N,), a random batch as floats in [-1, 1]; under
+    torchrun, this process's share of it."""
+    rows = torch.randint(len(x), (batch_size // WORLD,)).to(x.device)
+    return to_float(x[rows]), y[rows]
 
 def parallel(net, device):
     """net on the device; under torchrun, its gradients averaged over the processes."""
@@ -261,61 +251,52 @@ def parallel(net, device):
         net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
     return DistributedDataParallel(net) if WORLD > 1 else net
 
-def hold(run):
-    """Keep other trainings out of a run folder for as long as the returned file is open."""
-    Path(run).mkdir(parents=True, exist_ok=True)
-    file = open(Path(run, ".lock"), "w")
-    if os.name == "posix" and RANK == 0:
-        import fcntl
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"another training is at work in {run}: choose another --run") from error
-    return file
-
 def training(args, name, settings, parts, steps):
-    """for step, log in training(...): the steps still to do, then RUN/<name>.pt is there.
+    """for step, log in training(...): the steps still to do, until RUN/<name>.pt holds them all.
 
-    parts: {name: anything with state_dict and load_state_dict}, kept in the checkpoint. Before each
-    step the random numbers are seeded by (seed, step), so that a resumed training equals an
-    uninterrupted one bit for bit. log(key=scalar, ...) writes to RUN/<name>.jsonl. Ctrl-C ends it
-    between two steps, with a checkpoint. Numbers that are not finite raise ValueError.
-    """
+    parts: {name: anything with a state_dict}, kept in the checkpoint. Before each step the random
+    numbers are seeded by (seed, step), so that a resumed training equals an uninterrupted one bit
+    for bit. log(key=scalar, ...) writes to RUN/<name>.jsonl. Ctrl-C ends it after a step, with a
+    checkpoint. Raises ValueError, also for a loss or weight that is not finite."""
     path, first, lines, values = Path(args.run, f"{name}.pt"), 0, [], {}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path.with_suffix(".jsonl") if RANK == 0 else os.devnull, "a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_NB | (fcntl.LOCK_SH if RANK else fcntl.LOCK_EX))
+    except BlockingIOError as error:
+        raise ValueError(f"another training is at work on {path}: take another --run") from error
     if path.exists():
         saved = load_checkpoint(path, name, args.device)
-        differ = [k for k in settings if saved["settings"].get(k) != settings[k]]
+        differ = ", ".join(k for k in settings if saved["settings"].get(k) != settings[k])
         if differ:
-            raise ValueError(f"{path} was trained with another {', '.join(differ)}: choose another "
-                             "--run, or delete it")
+            raise ValueError(f"{path} has another {differ}: choose another --run, or delete it")
         first, lines, values = saved["step"], saved["lines"], saved["log"]
         if first < steps and not args.resume:
-            raise ValueError(f"{path} stopped at step {first} of {steps}: add --resume to go on, or "
-                             "choose another --run")
+            raise ValueError(f"{path} stopped at step {first} of {steps}: add --resume to go on")
         for part in parts:
             parts[part].load_state_dict(saved[part])
-    if first >= steps:
-        return print(f"{path} is there already")
+        print(f"{path} is there, with {first} of {steps} steps")
 
     def save(step):
-        weights = [p for part in parts.values() if isinstance(part, torch.nn.Module)
-                   for p in part.parameters()]
-        if not all(bool(p.isfinite().all()) for p in weights) or not all(map(np.isfinite, values.values())):
-            raise ValueError(f"a loss or weight is not finite at step {step}: {path} keeps the last good "
-                             "ones; lower the learning rate at the top of the script")
+        nets = [part for part in parts.values() if isinstance(part, torch.nn.Module)]
+        weights = [p.detach() for net in nets for p in net.parameters()]
+        if not all(bool(torch.as_tensor(v).isfinite().all()) for v in [*weights, *values.values()]):
+            raise ValueError(f"a loss or weight is not finite at step {step}: {path} is as it was; "
+                             "lower the learning rate at the top of the script")
+        states = {key: part.state_dict() for key, part in parts.items()}
         if RANK == 0:
-            save_checkpoint(path, dict(kind=name, step=step, steps=steps, settings=settings, lines=lines,
-                                       log=values, **{k: p.state_dict() for k, p in parts.items()}))
+            save_checkpoint(path, dict(kind=name, step=step, steps=steps, settings=settings,
+                                       lines=lines, log=values, **states))
 
     stopped, saved_at = torch.zeros((), device=args.device), time.time()
     before = signal.signal(signal.SIGINT, lambda *_: stopped.fill_(1))
     pace = 0.5 if sys.stderr.isatty() else 10  # seconds between updates of the bar
-    bar = tqdm(total=steps, initial=first, desc=name, unit="step", mininterval=pace, disable=RANK > 0)
-    file = open(path.with_suffix(".jsonl") if RANK == 0 else os.devnull, "w")
-    file.writelines(lines)
+    bar = tqdm(total=steps, initial=first, desc=name, mininterval=pace, disable=RANK > 0)
+    file.truncate(0)
+    file.writelines(lines)  # without those after the checkpoint
     try:
         for step in range(first, steps):
-            torch.manual_seed(settings["seed"] * 1_000_003 + step)
+            torch.manual_seed((settings["seed"] * 1_000_003 + step) * WORLD + RANK)
             fresh, last = {}, step == steps - 1
             yield step, fresh.update
             bar.update()
@@ -332,17 +313,17 @@ def training(args, name, settings, parts, steps):
                 save(step + 1)
                 saved_at = time.time()
             if stopped and not last:
-                sys.exit(f"stopped at step {step + 1}; {path} is kept: repeat the command with --resume")
+                sys.exit(f"stopped at step {step + 1}; {path} is kept: repeat with --resume")
     finally:
         signal.signal(signal.SIGINT, before)
         file.close()
         bar.close()
 
-# --- Training (Algorithm 1) -------------------------------------------------------------------------
+# --- Training (Algorithm 1) ----------------------------------------------------------------------
 
 def train_step(G, D, opt_g, opt_d, x, x_m, y, kl_weight, bf16=False):
-    """One iteration of Algorithm 1: images x and masked images x_m (B, C, S, S), labels y (B,); G, D
-    and their optimisers. Returns its losses."""
+    """One iteration of Algorithm 1: images x, masked images x_m (B, C, S, S), labels y (B,); nets
+    and their optimisers. Returns the losses."""
     def run(net, *inputs):  # float32 comes out, for the losses
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
             return [out.float() for out in net(*inputs)]
@@ -350,7 +331,8 @@ def train_step(G, D, opt_g, opt_d, x, x_m, y, kl_weight, bf16=False):
     # (1) update E and D (Eq. 6 and Eq. 1); D^Unet's weights need no gradient here
     x_fake, mu, logvar = run(G, x_m, y)                           # x' = D(E(M(x)), y)
     D.requires_grad_(False)
-    loss_g = generator_loss(*run(getattr(D, "module", D), x_fake, y), x_fake, x, ADV, L1, L2, SSIM)
+    judged = run(getattr(D, "module", D), x_fake, y)
+    loss_g = generator_loss(*judged, x_fake, x, ADV, L1, L2, SSIM)
     kl = kl_divergence(mu, logvar).mean()
     opt_g.zero_grad()
     (loss_g + kl_weight * kl).backward()
@@ -368,25 +350,23 @@ def train_step(G, D, opt_g, opt_d, x, x_m, y, kl_weight, bf16=False):
 
 def main(argv=None):
     """Settle the settings, then train E, D and D^Unet into RUN/generator.pt."""
-    parser = Parser(__doc__, steps="[digits 500, otherwise 100000]")
+    parser = Parser(__doc__, steps="[digits 800, otherwise 100000]")
     add = parser.add_argument
     add("--known-classes", nargs="+", metavar="CLASS",
-        help="in-distribution classes; the others become the OOD set 'unknown' [digits: 0 to 5]")
-    add("--image-size", type=int, help="in pixels, a multiple of 8 [digits 16, otherwise the data's own]")
+        help="in-distribution; the others become the OOD set 'unknown' [digits: 0 to 5]")
+    add("--image-size", type=int, help="a multiple of 8 [digits 16, otherwise the data's own]")
     add("--ch", type=int, help="channel multiplier [digits 8, otherwise 32]")
-    add("--batch-size", type=int, help="[digits 64, otherwise 96]")
+    add("--batch-size", type=int, help="[digits 32, otherwise 96]")
     add("--unconditional", action="store_true", help="no label in the generator (Table 6)")
     args = parser.parse_args(argv)
     data = args.data or "digits"
-    settings = {k: getattr(args, k, None) or v
-                for k, v in PRESETS["digits" if data == "digits" else "colour"].items()}
+    preset = PRESETS["digits" if data == "digits" else "colour"]
+    settings = {k: getattr(args, k, None) or default for k, default in preset.items()}
     steps = settings.pop("steps")
-    missing = [WEIGHT_FILES[k] for k in ("vgg", "dists") if data != "digits" and not Path(
-        torch.hub.get_dir(), "checkpoints", WEIGHT_FILES[k]).exists()]
-    if missing:
-        print(f"evaluate.py will download {' and '.join(missing)} (528 MB) for LPIPS and DISTS; offline, "
-              "use its --scorers cb ssim")
-    lock = hold(args.run)
+    weights = Path(torch.hub.get_dir(), "checkpoints", WEIGHT_FILES["vgg"])
+    if data != "digits" and not weights.exists():
+        print(f"evaluate.py will download {weights.name} (528 MB) for LPIPS and DISTS; offline, "
+              "run it with --scorers cb ssim")
     split = Split(data, "train", args.known_classes, settings["image_size"], args.device)
     x_all, y_all = split.x[~split.held], split.y[~split.held]
     settings.update(data=data, classes=split.classes, image_size=split.x.shape[2], seed=args.seed,
@@ -396,19 +376,18 @@ def main(argv=None):
           f"held out, on {args.device}")
 
     torch.manual_seed(args.seed)
-    size = dict(num_classes=len(split.classes), ch=settings["ch"], channels=settings["channels"])
-    nets = dict(generator=Generator(image_size=settings["image_size"],
-                                    conditional=settings["conditional"], **size),
-                discriminator=UNetDiscriminator(**size))
+    K, ch, channels = len(split.classes), settings["ch"], settings["channels"]
+    nets = dict(generator=Generator(K, ch, settings["image_size"], channels,
+                                    conditional=settings["conditional"]),
+                discriminator=UNetDiscriminator(K, ch, channels))
     G, D = (parallel(net, args.device) for net in nets.values())
     opt_g = torch.optim.Adam(G.parameters(), LR_G, BETAS, fused=True)
     opt_d = torch.optim.Adam(D.parameters(), LR_D, BETAS, fused=True)
-    for step, log in training(args, "generator", settings, dict(nets, opt_g=opt_g, opt_d=opt_d), steps):
-        batch = torch.randint(len(x_all), (settings["batch_size"],)).to(args.device)
-        x, y = to_float(x_all[batch]), y_all[batch]
-        x, x_m, y = share(x, random_mask(x, MASK_RATIO)[0], y)
+    parts = dict(nets, opt_g=opt_g, opt_d=opt_d)
+    for step, log in training(args, "generator", settings, parts, steps):
+        x, y = draw(settings["batch_size"], x_all, y_all)
+        x_m, _ = random_mask(x, MASK_RATIO)
         log(**train_step(G, D, opt_g, opt_d, x, x_m, y, settings["kl_weight"], args.bf16))
-    lock.close()
 
 if __name__ == "__main__":
     run_script(main)
