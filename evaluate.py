@@ -1,16 +1,16 @@
 """Out-of-distribution detection with a trained run, and its numbers. Trains nothing.
 
-    python evaluate.py                                           # digits, after the other two
+    python evaluate.py                                       # digits, after the other two
     python evaluate.py --run runs/cifar10 --ood cifar100 svhn dtd FOLDER
     python evaluate.py --run runs/cifar10 --scorers cb lpips-squeeze ssim --masks 4
-    python evaluate.py --run runs/mine --classifier mine.pt      # the program train_scorer.py was given
-    python evaluate.py --run runs/cifar10 --images my_photos     # verdicts on your own pictures
+    python evaluate.py --run runs/mine --classifier mine.pt  # what train_scorer.py was given
+    python evaluate.py --run runs/cifar10 --images my_photos # verdicts on your own pictures
 
 In-distribution: the run's test split. OOD: the test images of the other classes ("unknown"), when
 there are any, and the sets after --ood. The headline uses y = C(x); the authors' protocol (true
 labels for in-distribution, random labels for OOD images) follows under its own name. p-values and
-thresholds are fixed on held-out training images: no test image chooses anything. Writes into RUN, or
---out: detector.pt, results.json, scores.csv (all scores of each image), panel.png, roc.png.
+thresholds are fixed on held-out training images: no test image chooses anything. Writes into RUN,
+or --out: detector.pt, results.json, scores.csv (all scores of each image), panel.png, roc.png.
 """
 
 import csv
@@ -29,15 +29,15 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from moodcat import RULES, SCORERS, ImageMask, MoodCat, fit_calibration, join, load_checkpoint
-from train_gen import (Parser, Split, find_images, image_files, image_hashes, read_images, run_script,
-                       to_float)
+from train_gen import (Parser, Split, find_images, image_files, image_hashes, read_images,
+                       run_script, to_float)
 from train_scorer import load_classifier, load_run, predict, weaknesses
 
-DEFAULT_SCORERS = dict(digits=["cb", "ssim"], colour=["cb", "lpips", "dists"])  # colour: the paper's
+DEFAULT_SCORERS = dict(digits=["cb", "ssim"], colour=["cb", "lpips", "dists"])  # the paper's
 TPR = 0.95                   # share of in-distribution images to accept
 ODIN_TEMPERATURE = 1000.0    # its paper's defaults; its step of 0.0014 is for images in [0, 1], ...
 ODIN_STEP = 2 * 0.0014       # ... ours span twice that
-# which labels the two sides are scored under; "oracle": true in-distribution, random for OOD
+# which columns of scores the two sides take; "oracle": true in-distribution, random for OOD
 LABELINGS = dict(predicted_labels=("", ""),             # y = C(x), the headline
                  oracle_labels=("oracle ", "oracle "),  # the authors' code
                  true_in_distribution=("oracle ", ""))  # the truth where there is one, else C(x)
@@ -48,38 +48,33 @@ COLUMNS = dict(fpr95="FPR@TPR95", auroc="AUROC", aupr_in="AUPR-In", aupr_out="AU
 
 def ood_metrics(id_scores, ood_scores):
     """fpr95, auroc, aupr_in, aupr_out as fractions; scores (N,) and (M,), higher = in-distribution,
-    which is the positive class (section 4.2). The threshold of FPR@TPR95 is the k-th largest
-    in-distribution score, k = floor(0.95 N), and a score at it is accepted, so that a constant score
-    has an FPR of 1. AUPR is the trapezoid under the precision-recall curve. Raises ValueError for
-    empty or non-finite scores."""
+    which is the positive class (section 4.2). FPR@TPR95's threshold is the k-th largest
+    in-distribution score, k = floor(0.95 N); a score at it is accepted, so that a constant has an
+    FPR of 1. AUPR is the trapezoid under the precision-recall curve. Raises ValueError."""
     from sklearn.metrics import auc, precision_recall_curve, roc_auc_score
-    id_scores, ood_scores = (np.asarray(s, dtype=np.float64).ravel() for s in (id_scores, ood_scores))
-    scores = np.concatenate([id_scores, ood_scores])
-    if not len(id_scores) or not len(ood_scores) or not np.isfinite(scores).all():
+    inside, outside = (np.asarray(s, dtype=np.float64).ravel() for s in (id_scores, ood_scores))
+    scores, is_id = np.r_[inside, outside], np.arange(len(inside) + len(outside)) < len(inside)
+    if not len(inside) or not len(outside) or not np.isfinite(scores).all():
         raise ValueError("metrics need finite scores of at least one image on each side")
-    threshold = np.sort(id_scores)[::-1][max(1, math.floor(0.95 * len(id_scores) + 1e-9)) - 1]
-    is_id = np.r_[np.ones(len(id_scores)), np.zeros(len(ood_scores))]
-
-    def aupr(positive, score):
-        precision, recall, _ = precision_recall_curve(positive, score)
-        return auc(recall, precision)
-
-    return dict(fpr95=float((ood_scores >= threshold).mean()),
+    threshold = np.sort(inside)[::-1][max(1, math.floor(0.95 * len(inside) + 1e-9)) - 1]
+    aupr = [auc(*precision_recall_curve(side, s)[1::-1]) for side, s in
+            ((is_id, scores), (~is_id, -scores))]
+    return dict(fpr95=float((outside >= threshold).mean()),
                 auroc=float(roc_auc_score(is_id, scores)),
-                aupr_in=float(aupr(is_id, scores)), aupr_out=float(aupr(1 - is_id, -scores)))
+                aupr_in=float(aupr[0]), aupr_out=float(aupr[1]))
 
 def baselines(classifier, x, logits, y):
     """MSP, ODIN and energy (EBO) of float images x (B, C, S, S) with logits (B, K), higher =
-    in-distribution: {name: (B,)}. MSP is log p(y given x), which for y = C(x) orders as MSP does."""
-    scores = {"MSP": logits.log_softmax(1).gather(1, y[:, None])[:, 0]}
+    in-distribution: {name: (B,)}. MSP is log p(y given x): for y = C(x) it orders as MSP does."""
+    scores = {"MSP": logits.log_softmax(1).gather(1, y[:, None])[:, 0], "EBO": logits.logsumexp(1)}
     with torch.enable_grad():  # ODIN steps towards a higher softmax, then looks at it
         x = x.clone().requires_grad_(True)
         top = (classifier(x) / ODIN_TEMPERATURE).log_softmax(1).max(1).values.sum()
     if top.requires_grad:  # a program without gradients has no ODIN
-        step = torch.autograd.grad(top, x)[0].sign()
-        moved = classifier(x.detach() + ODIN_STEP * step) / ODIN_TEMPERATURE
-        scores["ODIN"] = moved.softmax(1).max(1).values.detach()
-    return dict(scores, EBO=logits.logsumexp(1))
+        moved = x.detach() + ODIN_STEP * torch.autograd.grad(top, x)[0].sign()
+        with torch.no_grad():
+            scores["ODIN"] = (classifier(moved) / ODIN_TEMPERATURE).softmax(1).max(1).values
+    return scores
 
 # --- What to score -------------------------------------------------------------------------------
 
@@ -109,13 +104,13 @@ def make_scorers(names, args, about, classifier):
     return scorers, trained
 
 def gather_sets(args, about, trained):
-    """What to report on: {set: (uint8 images, labels, their names)}, "in-distribution" first; label -1
-    = OOD, otherwise the class. Raises OSError or ValueError."""
+    """What to report on: {set: (uint8 images, labels, names)}, "in-distribution" first; label -1 =
+    OOD, otherwise the class. Raises OSError or ValueError."""
     settings = about["settings"]
     test = Split(settings["data"], "test", settings["classes"], settings["image_size"], args.device)
     if test.all_classes != about["all_classes"]:
-        raise ValueError(f"the test split has the classes {', '.join(test.all_classes)}, the training "
-                         f"split {', '.join(about['all_classes'])}: they must be the same")
+        raise ValueError(f"the test split has the classes {', '.join(test.all_classes)}, the "
+                         f"training split {', '.join(about['all_classes'])}: they must agree")
     found = {"unknown": (test.unknown, test.unknown_names)} if len(test.unknown) else {}
     for name in args.ood:
         known = name in ("cifar10", "cifar100", "svhn", "dtd")
@@ -123,22 +118,22 @@ def gather_sets(args, about, trained):
         key = name if known else "/".join(Path(name).resolve().parts[-2:])
         if key in ("in-distribution", *found):
             raise ValueError(f"there are two sets {key!r}: rename a folder")
-        found[key] = (read_images(images, settings["channels"], settings["image_size"]).to(args.device),
-                      range(len(images)) if known else images)
+        x = read_images(images, settings["channels"], settings["image_size"])
+        found[key] = x.to(args.device), range(len(images)) if known else images
     for key, (x, _) in found.items():
         for name, saved in trained.items():
             used = np.isin(image_hashes(x).numpy(), saved["settings"].get("extra_hashes", [])).sum()
             if used:
-                raise ValueError(f"{used} images of the OOD set {key!r} trained {name}: take others")
+                raise ValueError(f"{used} images of the OOD set {key!r} trained {name}: use others")
     return {"in-distribution": (test.x, test.y, test.names), **{
         key: (x, torch.full((len(x),), -1), names) for key, (x, names) in found.items()}}
 
 # --- Scores of each image, and what follows from them --------------------------------------------
 
 def score_set(detector, classifier, x, labels, title):
-    """Everything about one set of uint8 images x (N, C, S, S) with labels (N,), -1 = OOD: label,
-    prediction, each method's score under y = C(x), and under the oracle label (the truth, random for
-    OOD) where that makes a difference: {column: (N,)} on the CPU."""
+    """All about uint8 images x (N, C, S, S) with labels (N,), -1 = OOD: label, prediction, each
+    method's scores under y = C(x) and, as "oracle ...", under the truth (a random label for OOD)
+    where that makes a difference: {column: (N,)} on the CPU."""
     labels, K = labels.cpu(), detector.generator.settings["num_classes"]
     random = torch.randint(K, labels.shape, generator=torch.Generator().manual_seed(0))
     oracle = torch.where(labels >= 0, labels, random)
@@ -155,8 +150,8 @@ def score_set(detector, classifier, x, labels, title):
     return {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
 
 def add_joint(scored, held, names):
-    """To each set of scores the joint score of each rule, as columns "min-p" and "fisher", and "... with
-    energy" where energy is not among the scorers `names`; held: the held-out scores."""
+    """To each set of scores a column for each rule, over the scorers `names`, and "... with energy"
+    where that is not among them; held: the held-out scores."""
     members = {"": names} if "energy" in names else {"": names, " with energy": [*names, "EBO"]}
     for title, own in members.items():
         calibration = fit_calibration({name: held[name] for name in own}, TPR)
@@ -167,8 +162,8 @@ def add_joint(scored, held, names):
                     s[prefix + rule + title] = joint
 
 def tabulate(scored, methods, labeling):
-    """{method: {set: metrics}} for score columns `methods`, with rows "mean" and "std over sets" (ddof
-    1) where there are several. In-distribution images inside an OOD set join the test images."""
+    """{method: {set: metrics}}, with "mean" and "std over sets" (ddof 1) of several.
+    In-distribution images inside an OOD set join the test images."""
     inside, outside = LABELINGS[labeling]
     test, table = scored["in-distribution"], {}
     get = lambda s, prefix, method: s.get(prefix + method, s[method])  # a label may change nothing
@@ -180,9 +175,9 @@ def tabulate(scored, methods, labeling):
             ood = s["label"] < 0
             known = torch.cat([test["label"], s["label"][~ood]])
             predicted = torch.cat([test["prediction"], s["prediction"][~ood]])
-            metrics = ood_metrics(torch.cat([get(test, inside, method), get(s, inside, method)[~ood]]),
-                                  get(s, outside, method)[ood])
-            rows[name] = dict(metrics, accuracy=(known == predicted).double().mean().item())
+            id_scores = torch.cat([get(test, inside, method), get(s, inside, method)[~ood]])
+            rows[name] = ood_metrics(id_scores, get(s, outside, method)[ood])
+            rows[name]["accuracy"] = (known == predicted).double().mean().item()
         if len(rows) > 1:
             values = {c: [row[c] for row in rows.values()] for c in COLUMNS}
             rows["mean"] = {c: float(np.mean(v)) for c, v in values.items()}
@@ -201,80 +196,69 @@ def format_table(table):
     return "\n".join(lines)
 
 def write_csv(path, scored, names, classes):
-    """One line an image: set, image, classes (label, prediction), every score."""
-    columns = list(scored["in-distribution"])
-    plain = lambda text: "'" + str(text) if str(text)[:1] in ("=", "+", "-", "@") else str(text)
-    show = lambda c, v: (plain(classes[v]) if v >= 0 else "OOD") if c in ("label", "prediction") else repr(v)
-    temporary = Path(f"{path}.tmp")
+    """One line an image: set, image, classes (label, prediction), every score. A leading "=" or the
+    like, which spreadsheets would run, gets a quote."""
+    text = lambda value: "'" * (str(value)[:1] in ("=", "+", "-", "@")) + str(value)
+    columns, temporary = list(scored["in-distribution"]), Path(f"{path}.tmp")
     with open(temporary, "w", newline="", errors="surrogateescape") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["set", "image", *columns])
         for key, s in scored.items():
-            values = [s[c].tolist() for c in columns]
-            writer.writerows([key, plain(name), *map(show, columns, row)]
-                             for name, *row in zip(names[key], *values))
+            values = [[text(classes[v]) if v >= 0 else "OOD" for v in s[c].tolist()]
+                      if c in ("label", "prediction") else s[c].tolist() for c in columns]
+            rows = zip(names[key], *values)
+            writer.writerows([text(key), text(name), *row] for name, *row in rows)
     temporary.replace(path)
 
 def provenance():
     """What a number depends on beside its settings: command, revision of this code, versions."""
-    git = lambda *words: subprocess.run(["git", "-C", Path(__file__).parent, *words],
-                                        capture_output=True, text=True).stdout.strip()
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+"]
     try:
-        revision = git("rev-parse", "--short", "HEAD") + "+" * bool(git("status", "--porcelain", "-uno"))
-    except OSError:  # no git
+        revision = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git here
         revision = ""
-    packages = ("torch", "torchvision", "scikit-learn", "numpy")
-    return dict(command=" ".join(["python", *sys.argv]), revision=revision or "unknown",
-                versions=dict({p: version(p) for p in packages}, python=platform.python_version()),
+    packages = {p: version(p) for p in ("torch", "torchvision", "scikit-learn", "numpy")}
+    command = " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+    return dict(command=command, revision=revision or "unknown",
+                versions=dict(packages, python=platform.python_version()),
                 threads=torch.get_num_threads())
 
 # --- Pictures ------------------------------------------------------------------------------------
 
-def pyplot():
-    """matplotlib without a screen; imported when there is something to draw."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    return plt
-
 def draw_panel(path, detector, classes, blocks):
-    """Figures 5 to 8: at most 10 uint8 images (N, C, S, S) of each block (title, images, y), scored under
-    the labels y (N,): input, masked image, synthesis; below, label, joint score and verdict."""
-    plt = pyplot()
-    fig, axes = plt.subplots(len(blocks), 10, figsize=(9, 3.2 * len(blocks)), squeeze=False)
-    for row, (title, images, y) in zip(axes, blocks):
+    """Figures 5 to 8: ten uint8 images (N, C, S, S) of each block (title, images, y) under labels y
+    (N,): input, masked image, synthesis; below them label, joint score and verdict."""
+    from matplotlib.figure import Figure
+    fig = Figure(figsize=(9, 3.2 * len(blocks)), layout="constrained")
+    parts = fig.subfigures(len(blocks), squeeze=False)[:, 0]
+    for part, (title, images, y) in zip(parts, blocks):
         x, y = to_float(images[:10]).to(detector.device), y[:10].to(detector.device)
         with torch.no_grad():
             _, x_m, x_fake = detector.synthesise(x, y)
         scores = detector.score(x, y)
-        tall = torch.cat([F.pad(t, (1, 1, 1, 1), value=1.0) for t in (x, x_m, x_fake)], 2).cpu()
-        for ax in row:
-            ax.axis("off")
-        row[0].set_title(f"{title}: input, masked, synthesis", loc="left", fontsize=10, parse_math=False)
-        for ax, image, label, score, ood in zip(row, tall, y.tolist(), scores[detector.rule].tolist(),
-                                                detector.rejects(scores).tolist()):
-            ax.imshow(((image + 1) / 2).permute(1, 2, 0).numpy().squeeze(), cmap="gray", vmin=0, vmax=1)
-            ax.text(0.5, -0.03, f"{classes[label][:12]}\n{score:.2f}\n{'OOD' if ood else 'accepted'}",
-                    transform=ax.transAxes, ha="center", va="top", fontsize=9, parse_math=False,
-                    color="tab:red" if ood else "black")
-    fig.tight_layout(h_pad=2.5)
-    fig.savefig(path, dpi=100)
-    plt.close(fig)
+        tall = torch.cat([F.pad(t, (1, 1, 1, 1), value=1.0) for t in (x, x_m, x_fake)], 2)
+        tall = ((tall + 1) / 2).permute(0, 2, 3, 1).squeeze(3).cpu()             # (N, 3(S+2), S+2)
+        part.suptitle(f"{title}: input, masked, synthesis", parse_math=False)
+        axes = part.subplots(1, 10, subplot_kw=dict(xticks=[], yticks=[], frame_on=False))
+        shown = zip(axes, tall, y, scores[detector.rule], detector.rejects(scores))
+        for ax, image, label, score, ood in shown:
+            ax.imshow(image, cmap="gray", vmin=0, vmax=1)
+            words = f"{classes[label][:12]}\n{score:.2f}\n{'OOD' if ood else 'accepted'}"
+            ax.set_xlabel(words, color="tab:red" if ood else "black", parse_math=False)
+    fig.savefig(path, dpi=100, bbox_inches="tight")
 
 def draw_roc(path, scored, methods):
     """ROC curves, all OOD sets together."""
+    from matplotlib.figure import Figure
     from sklearn.metrics import RocCurveDisplay
-    plt = pyplot()
-    fig, ax = plt.subplots(figsize=(5, 5))
+    fig = Figure(figsize=(5, 5), layout="constrained")
+    ax = fig.subplots()
     is_id = torch.cat([s["label"] for s in scored.values()]) >= 0
     for method in methods:
         score = torch.cat([s[method] for s in scored.values()])
         RocCurveDisplay.from_predictions(is_id, score, name=method, ax=ax)
     ax.set(xlabel="OOD images accepted", ylabel="in-distribution images accepted")
-    ax.legend(fontsize=8)
-    fig.tight_layout()
     fig.savefig(path, dpi=100)
-    plt.close(fig)
 
 # --- The two things this script does -------------------------------------------------------------
 
@@ -292,8 +276,8 @@ def judge_images(args):
     detector = MoodCat.load(path, args.device, classifier)
     about = (detector.calibration or {}).get("about")
     if not about or about["classifier"] != classifier_id:
-        raise ValueError(f"{path} was calibrated for another classifier: run evaluate.py --run {args.run} "
-                         "again, or name its program with --classifier")
+        raise ValueError(f"{path} was calibrated for another classifier: run evaluate.py --run "
+                         f"{args.run} again, or name its program with --classifier")
     for line in about["warnings"]:
         print(f"warning: {line}")
     want, files = detector.generator.settings, image_files(args.images)
@@ -304,11 +288,13 @@ def judge_images(args):
     ood = detector.rejects(scores)
     print("\t".join(["image", "prediction", *scores, "verdict"]))
     for i, file in enumerate(files):
-        print("\t".join([repr(file)[1:-1], about["classes"][y[i]],
-                         *(f"{s[i]:.4f}" for s in scores.values()), "OOD" if ood[i] else "in-distribution"]))
+        numbers = [f"{s[i]:.4f}" for s in scores.values()]
+        verdict = "OOD" if ood[i] else "in-distribution"
+        print("\t".join([repr(file)[1:-1], about["classes"][y[i]], *numbers, verdict]))
     out.mkdir(parents=True, exist_ok=True)
     order = scores[detector.rule].argsort()[:10]
-    draw_panel(out / "images.png", detector, about["classes"], [("your images", x[order], y[order])])
+    block = "your images, the most suspicious", x[order], y[order]
+    draw_panel(out / "images.png", detector, about["classes"], [block])
     print(f"{int(ood.sum())} of {len(files)} rejected; {out / 'images.png'}")
 
 def evaluate(args):
@@ -344,11 +330,14 @@ def evaluate(args):
     scored = {name: score_set(detector, classifier, x, y, name) for name, (x, y, _) in sets.items()}
     add_joint({**scored, "held-out": held}, held, list(scorers))
     report(args, out, detector, about, trained, scored, len(held["label"]))
-    write_csv(out / "scores.csv", {**scored, "held-out": held}, {
-        "held-out": train.names[train.held.cpu()], **{name: s[2] for name, s in sets.items()}}, classes)
-    some = {name: np.random.default_rng(0).permutation(len(x))[:10] for name, (x, _, _) in sets.items()}
-    draw_panel(out / "panel.png", detector, classes, [
-        (name, sets[name][0][rows], scored[name]["prediction"][rows]) for name, rows in some.items()])
+    names = {name: image_names for name, (_, _, image_names) in sets.items()}
+    names["held-out"] = train.names[train.held.cpu()]
+    write_csv(out / "scores.csv", {**scored, "held-out": held}, names, classes)
+    blocks = []
+    for name, (x, _, _) in sets.items():
+        some = np.random.default_rng(0).permutation(len(x))[:10]
+        blocks.append((name, x[some], scored[name]["prediction"][some]))
+    draw_panel(out / "panel.png", detector, classes, blocks)
     draw_roc(out / "roc.png", scored, ["MSP", "EBO", *scorers, *RULES])
     print(f"{out}: results.json, scores.csv, detector.pt, panel.png, roc.png")
 
@@ -358,27 +347,27 @@ def report(args, out, detector, about, trained, scored, n_held):
                if c not in ("label", "prediction") and not c.startswith("oracle")]
     tables = {labeling: tabulate(scored, methods, labeling) for labeling in LABELINGS}
     n = {name: len(s["label"]) for name, s in scored.items()}
-    threshold, rule = detector.calibration["threshold"], detector.rule
     flagged = {name: detector.rejects(s).double().mean().item() for name, s in scored.items()}
-    results = dict(provenance(), settings=about["settings"], n=n, n_held_out=n_held, flagged=flagged,
-                   steps={"generator": about["step"], **{k: v["step"] for k, v in trained.items()}},
-                   classifier=args.classifier or "classifier.pt", scorers=list(detector.scorers),
-                   mask=detector.mask.settings, masks=detector.masks, rule=rule, threshold=threshold,
-                   tpr=TPR, odin=dict(temperature=ODIN_TEMPERATURE, step=ODIN_STEP), **tables)
+    results = dict(
+        provenance(), settings=about["settings"], n=n, n_held_out=n_held, flagged=flagged, tpr=TPR,
+        steps={name: saved["step"] for name, saved in dict(trained, generator=about).items()},
+        classifier=args.classifier or "classifier.pt", scorers=list(detector.scorers),
+        mask=detector.mask.settings, masks=detector.masks, rule=detector.rule,
+        odin=dict(temperature=ODIN_TEMPERATURE, step=ODIN_STEP), **tables)
     temporary = out / "results.json.tmp"
     temporary.write_text(json.dumps(results, indent=1) + "\n")
     temporary.replace(out / "results.json")
-    print(f"\nPredicted labels, y = C(x); percent; {', '.join(f'{k} {v}' for k, v in n.items())} images\n"
-          f"{format_table(tables['predicted_labels'])}")
-    print("\nThe same under three labelings, AUROC / FPR@TPR95: y = C(x); the authors' oracle labels (the "
-          "truth for\nin-distribution, random for OOD images); the truth for in-distribution, C(x) for OOD")
+    print(f"\nPredicted labels, y = C(x); percent; {', '.join(f'{k} {v}' for k, v in n.items())} "
+          f"images\n{format_table(tables['predicted_labels'])}")
+    print("\nThe same under three labelings, AUROC / FPR@TPR95: y = C(x); the authors' oracle "
+          "labels\n(true in-distribution, random for OOD); true in-distribution, C(x) for OOD")
     for method in methods:
         if f"oracle {method}" in scored["in-distribution"]:
-            cells = [table[method].get("mean") or list(table[method].values())[0]
-                     for table in tables.values()]
-            title = "p(y given x)" if method == "MSP" else method
-            print(f"{title:20s}" + "".join("{auroc:12.2%} /{fpr95:7.2%}".format(**c) for c in cells))
-    print(f"\nAt the threshold for {TPR:.0%} TPR on held-out images ({rule}), flagged as OOD: "
+            rows = [table[method] for table in tables.values()]
+            cells = [row.get("mean") or list(row.values())[0] for row in rows]
+            cells = ["{auroc:12.2%} /{fpr95:7.2%}".format(**cell) for cell in cells]
+            print(f"{'p(y given x)' if method == 'MSP' else method:20s}{''.join(cells)}")
+    print(f"\nFlagged as OOD by {detector.rule}, threshold for {TPR:.0%} TPR on held-out images: "
           + ", ".join(f"{name} {share:.1%}" for name, share in flagged.items()))
 
 def main(argv=None):

@@ -41,7 +41,8 @@ def random_mask(x, ratio=(0.1, 0.3), generator=None, u=None):
 
     x (B, C, H, W); ratio: share of the area to remove, a range or one number, 0 = nothing;
     generator: a CPU torch.Generator (None: the global one); u (B, 3): its numbers, if given.
-    Returns x_m (B, C, H, W), 0 where removed, mask (B, 1, H, W), True = removed. Raises ValueError."""
+    Returns x_m (B, C, H, W), 0 where removed; mask (B, 1, H, W), True = removed. Raises ValueError.
+    """
     low, high = ratio if isinstance(ratio, (tuple, list)) else (ratio, ratio)
     if not 0 <= low <= high <= 1:
         raise ValueError(f"mask ratio {ratio} must lie in [0, 1], the smaller number first")

@@ -5,9 +5,9 @@
     python train_scorer.py --run runs/mine --classifier mine.pt  # your classifier instead
     python train_scorer.py --run runs/cifar10 --extra FOLDER     # then a second C_b: unlabeled data
 
---classifier takes a TorchScript or torch.export program, (B, C, S, S) in [-1, 1] to logits (B, K) in
-the order of the classes, for any batch size B. Such a file can run code: use only one you trust. It
-is not copied into RUN: name it to evaluate.py, too. Writes RUN/classifier.pt and RUN/scorer.pt
+--classifier takes a TorchScript or torch.export program, (B, C, S, S) in [-1, 1] to logits (B, K)
+in the order of the classes, for any batch size B. Such a file can run code: use only one you trust.
+It is not copied into RUN: name it to evaluate.py, too. Writes RUN/classifier.pt and RUN/scorer.pt
 (--extra: RUN/scorer_extra.pt alone), each with its log beside it.
 """
 
@@ -38,8 +38,8 @@ VALIDATIONS = 5   # in a training of C_b
 # --- The classifier under protection -------------------------------------------------------------
 
 def make_classifier(net, widths, num_classes, channels):
-    """(B, channels, S, S) in [-1, 1] -> logits (B, num_classes): torchvision's ResNet-18 with the usual
-    stem for 32 px (3x3, stride 1, no pooling), or a stem and a two-layer stage for each further width."""
+    """(B, channels, S, S) in [-1, 1] -> logits (B, num_classes): torchvision's ResNet-18 with the
+    usual stem for 32 px (3x3, stride 1, no pooling), or a stem and two layers for each width."""
     if net == "resnet18":
         from torchvision.models import resnet18  # takes seconds; others need none
         model = resnet18(num_classes=num_classes)
@@ -50,7 +50,8 @@ def make_classifier(net, widths, num_classes, channels):
     for cin, cout in zip(widths, widths[1:]):
         layers += [conv(cin, cout), nn.MaxPool2d(2), nn.BatchNorm2d(cout), nn.GELU(),
                    conv(cout, cout), nn.BatchNorm2d(cout), nn.GELU()]
-    return nn.Sequential(*layers, nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(cout, num_classes))
+    layers += [nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(cout, num_classes)]
+    return nn.Sequential(*layers)
 
 def augment(x, mirror):
     """Random shifts by up to an eighth of the side (4 pixels of 32), and mirror images where asked:
@@ -68,13 +69,14 @@ def augment(x, mirror):
 def train_classifier(args, settings, split):
     """Cross-entropy on the training images; writes RUN/classifier.pt, returns the net in eval()."""
     torch.manual_seed(settings["seed"])
-    net = make_classifier(*(settings[k] for k in ("net", "widths")), len(split.classes), split.x.shape[1])
+    net = make_classifier(settings["net"], settings["widths"], len(split.classes), split.x.shape[1])
     model, steps = parallel(net, args.device), settings["classifier_steps"]
     opt = torch.optim.SGD(model.parameters(), 1.0, momentum=0.9, weight_decay=5e-4, nesterov=True)
     x_all, y_all = split.x[~split.held], split.y[~split.held]
     for step, log in training(args, "classifier", settings, dict(classifier=net, opt=opt), steps):
         done = (step + 0.5) / steps
-        opt.param_groups[0]["lr"] = settings["classifier_rate"] * min(done / 0.25, (1 - done) / 0.75)
+        rise_and_fall = min(done / 0.25, (1 - done) / 0.75)
+        opt.param_groups[0]["lr"] = settings["classifier_rate"] * rise_and_fall
         x, y = draw(settings["classifier_batch"], x_all, y_all)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=settings["bf16"]):
             logits = model(augment(x, settings["mirror"]))
@@ -99,8 +101,8 @@ def load_program(path, device):
                 return move_to_device_pass(torch.export.load(io.BytesIO(blob)), device).module()
     except Exception as error:  # each loader fails in its own ways
         raise ValueError(f"{path} cannot be loaded: {str(error).splitlines()[0]}") from error
-    raise ValueError(f"{path} is no TorchScript or torch.export program; weights or a pickled model? Then "
-                     "torch.jit.trace(model.eval(), example).save(FILE) makes one")
+    raise ValueError(f"{path} is no TorchScript or torch.export program, but perhaps weights: "
+                     "torch.jit.trace(model.eval(), example).save(FILE) exports a model")
 
 def load_classifier(run, program, device):
     """RUN/classifier.pt, or the program of that name -> callable, images (B, C, S, S) in [-1, 1] to
@@ -109,8 +111,8 @@ def load_classifier(run, program, device):
         return load_program(program, device), fingerprint(Path(program).read_bytes()), None
     path = Path(run, "classifier.pt")
     if not path.exists():
-        raise OSError(f"{path} does not exist: run train_scorer.py --run {run}, or name the program that "
-                      "takes its place with --classifier")
+        raise OSError(f"{path} does not exist: run train_scorer.py --run {run}, or name a program "
+                      "in its place with --classifier")
     saved = load_checkpoint(path, "classifier", device)
     settings = saved["settings"]
     if saved["step"] < saved["steps"]:
@@ -130,19 +132,19 @@ def fingerprint(content):
 
 @torch.no_grad()
 def predict(classifier, x, num_classes, batch=256):
-    """uint8 images (N, C, S, S) -> logits (N, K). Raises ValueError when the classifier does not fit."""
+    """uint8 images (N, C, S, S) -> logits (N, K). Raises ValueError where the classifier fails."""
     logits = torch.empty(len(x), num_classes, device=x.device)
     try:
         for i in range(0, len(x), batch):
             part = classifier(to_float(x[i:i + batch]))
             if part.shape != logits[i:i + batch].shape:
-                raise TypeError(f"it returns {tuple(part.shape)}, the run has {num_classes} classes")
+                raise TypeError(f"it returns {tuple(part.shape)} for {num_classes} classes")
             logits[i:i + batch] = part
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, AssertionError, AttributeError, TypeError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        raise ValueError(f"the classifier fails on images {tuple(x.shape[1:])} in batches of {batch} (any "
-                         f"batch size must go, logits must come): {error}") from error
+        raise ValueError(f"the classifier fails on {batch} images {tuple(x.shape[1:])}: it must "
+                         f"take any number and return logits ({error})") from error
     return logits
 
 # --- C_b -----------------------------------------------------------------------------------------
@@ -164,8 +166,8 @@ def validate(G, scorer, x, y, mask_ratio):
                 val_auroc=roc_auc_score(right.flatten(), scores.flatten()))
 
 def train_step(G, scorer, opt, x, x_m, y, right, bf16=False):
-    """One iteration of Figure 3: images x, masked images x_m (B, C, S, S), labels y (B,); right (B,)
-    bool, is y the right one? Returns the loss (Eq. 2)."""
+    """One iteration of Figure 3: images x, masked images x_m (B, C, S, S), labels y (B,), right
+    (B,) bool: is y the right one? Returns the loss (Eq. 2)."""
     with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
         with torch.no_grad():  # G is frozen
             x_fake = G(x_m, y)[0].float()
@@ -177,9 +179,9 @@ def train_step(G, scorer, opt, x, x_m, y, right, bf16=False):
     return loss.detach()
 
 def train_scorer(args, name, settings, split, G, extra=None):
-    """Eq. 2: (x, G(x, y), y) against (x, G(x, y'), y') with mismatched labels y'. extra (section 3.6):
-    uint8 images (M, C, S, S) without labels and their pseudo labels (M,), more of the second kind of
-    pair: half of each batch. Writes RUN/<name>.pt, returns its checkpoint."""
+    """Eq. 2: (x, G(x, y), y) against (x, G(x, y'), y') with mismatched labels y'. extra (section
+    3.6): unlabeled uint8 images (M, C, S, S) and their pseudo labels (M,), more of the second kind:
+    half of each batch. Writes RUN/<name>.pt, returns its checkpoint."""
     K, steps, ratio = len(settings["classes"]), settings["steps"], settings["mask_ratio"]
     torch.manual_seed(settings["seed"])
     scorer = BinaryScorer(K, settings["ch"], settings["channels"])
@@ -231,7 +233,8 @@ def load_run(args):
     saved = load_checkpoint(path, "generator", args.device)
     settings = saved["settings"]
     settings["data"] = args.data or settings["data"]
-    split = Split(settings["data"], "train", settings["classes"], settings["image_size"], args.device)
+    split = Split(settings["data"], "train", settings["classes"], settings["image_size"],
+                  args.device)
     if split.fingerprint != settings["fingerprint"]:
         raise ValueError(f"the training images in {settings['data']} are not those that {path} was "
                          "trained on: restore them, or train again with another --run")
@@ -248,18 +251,20 @@ def main(argv=None):
     add = parser.add_argument
     add("--classifier", metavar="FILE", help="your own, instead of training one")
     add("--classifier-steps", type=int, help="[digits 300, otherwise 8500]")
-    add("--net", choices=["conv", "resnet18"], help="the classifier's [digits conv, otherwise resnet18]")
-    add("--mirror", action="store_true", help="train the classifier on mirror images, too: for "
-                                              "photographs, not for text or signs")
-    add("--extra", metavar="FOLDER", help="unlabeled images for a second C_b (section 3.6); its class "
-                                          "folders are ignored")
+    add("--net", choices=["conv", "resnet18"],
+        help="the classifier's [digits conv, otherwise resnet18]")
+    add("--mirror", action="store_true",
+        help="train the classifier on mirror images, too: for photographs, not for text or signs")
+    add("--extra", metavar="FOLDER",
+        help="unlabeled images for a second C_b (section 3.6); its class folders are ignored")
     args = parser.parse_args(argv)
     G, about, split = load_run(args)
     K, own = len(split.classes), PRESETS["digits" if split.x.shape[1] == 1 else "colour"]
     own = {k: getattr(args, k, None) or v for k, v in own.items()}
-    steps, settings = own.pop("steps"), dict(
-        {k: about["settings"][k] for k in ("classes", "channels", "image_size", "fingerprint", "n")},
-        seed=args.seed, bf16=args.bf16)
+    same = ("classes", "channels", "image_size", "fingerprint", "n")
+    settings = {k: about["settings"][k] for k in same}
+    settings.update(seed=args.seed, bf16=args.bf16)
+    steps = own.pop("steps")
     if args.classifier or args.extra:
         classifier, _, _ = load_classifier(args.run, args.classifier, args.device)
     else:
@@ -267,8 +272,8 @@ def main(argv=None):
     logits = predict(classifier, split.x[split.held], K)
     accuracy = (logits.argmax(1) == split.y[split.held]).float().mean().item()
     print(f"classifier: held-out accuracy {accuracy:.4f}")
-    settings.update({k: about["settings"][k] for k in ("ch", "batch_size", "mask_ratio")}, steps=steps,
-                    generator=about["id"])
+    settings.update({k: about["settings"][k] for k in ("ch", "batch_size", "mask_ratio")},
+                    steps=steps, generator=about["id"])
     name, extra = "scorer", None
     if args.extra:
         x = read_images(image_files(args.extra), settings["channels"], settings["image_size"])
