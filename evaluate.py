@@ -16,10 +16,10 @@ or --out: detector.pt, results.json, scores.csv (all scores of each image), pane
 import csv
 import json
 import math
-import os
 import platform
 import subprocess
 import sys
+import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
@@ -85,22 +85,21 @@ def make_scorers(names, args, about, classifier):
     for name in names:
         if name not in SCORERS:
             raise ValueError(f"no scorer {name!r}: {', '.join(SCORERS)}")
-        settings = {}
-        if name in ("cb", "cb_extra"):
-            kind = name.replace("cb", "scorer")
-            path = Path(args.run, f"{kind}.pt")
-            if not path.exists():
-                raise OSError(f"{path} does not exist: run train_scorer.py --run {args.run} first"
-                              + ", then with --extra" * (name == "cb_extra"))
-            saved = trained[name] = load_checkpoint(path, kind, args.device)
-            if saved["settings"]["generator"] != about["id"]:
-                raise ValueError(f"{path} was trained with another generator.pt: delete it and run "
-                                 "train_scorer.py again")
-            settings = {k: saved["settings"][k] for k in ("ch", "channels")}
-            settings["num_classes"] = len(saved["settings"]["classes"])
-        scorers[name] = SCORERS[name](settings, classifier)
-        if name in trained:
-            scorers[name].load_state_dict(trained[name]["scorer"])
+        if not name.startswith("cb"):
+            scorers[name] = SCORERS[name](None, classifier)
+            continue
+        kind = name.replace("cb", "scorer")
+        path = Path(args.run, f"{kind}.pt")
+        if not path.exists():
+            extra = " --extra FOLDER" * (name == "cb_extra")
+            raise OSError(f"{path} does not exist: run train_scorer.py --run {args.run}{extra}")
+        saved = trained[name] = load_checkpoint(path, kind, args.device)
+        settings = saved["settings"]
+        if settings["generator"] != about["id"]:
+            raise ValueError(f"{path} is of another generator.pt: delete it, run train_scorer.py")
+        size = dict(num_classes=len(settings["classes"]), ch=settings["ch"])
+        scorers[name] = SCORERS[name](dict(size, channels=settings["channels"]), classifier)
+        scorers[name].load_state_dict(saved["scorer"])
     return scorers, trained
 
 def gather_sets(args, about, trained):
@@ -187,11 +186,12 @@ def tabulate(scored, methods, labeling):
 
 def format_table(table):
     """The rows of Table 1, in percent."""
+    wide = max(map(len, table)) + 2
     width = max(len(s) for rows in table.values() for s in rows) + 2
-    lines = [f"{'method':20s}{'OOD':{width}s}" + "".join(f"{c:>11s}" for c in COLUMNS.values())]
+    lines = [f"{'method':{wide}s}{'OOD':{width}s}" + "".join(f"{c:>11s}" for c in COLUMNS.values())]
     for method, rows in table.items():
         for i, (name, row) in enumerate(rows.items()):
-            lines.append(f"{method if i == 0 else '':20s}{name:{width}s}"
+            lines.append(f"{'' if i else method:{wide}s}{name:{width}s}"
                          + "".join(f"{100 * row[c]:11.2f}" for c in COLUMNS))
     return "\n".join(lines)
 
@@ -276,8 +276,8 @@ def judge_images(args):
     detector = MoodCat.load(path, args.device, classifier)
     about = (detector.calibration or {}).get("about")
     if not about or about["classifier"] != classifier_id:
-        raise ValueError(f"{path} was calibrated for another classifier: run evaluate.py --run "
-                         f"{args.run} again, or name its program with --classifier")
+        raise ValueError(f"{path} was calibrated for another classifier: name it with --classifier,"
+                         f" or run evaluate.py --run {args.run} again")
     for line in about["warnings"]:
         print(f"warning: {line}")
     want, files = detector.generator.settings, image_files(args.images)
@@ -301,14 +301,12 @@ def evaluate(args):
     """Calibrate and save the detector, score every set, write and print the numbers."""
     out = Path(args.out or args.run)
     out.mkdir(parents=True, exist_ok=True)
-    if not os.access(out, os.W_OK):
-        raise OSError(f"{out} cannot be written: choose another --out")
+    tempfile.TemporaryFile(dir=out).close()  # what cannot be written is noticed before the work
     G, about, train = load_run(args)
     settings, classes = about["settings"], about["settings"]["classes"]
     classifier, classifier_id, its_classes = load_classifier(args.run, args.classifier, args.device)
     if its_classes not in (None, classes):
-        raise ValueError(f"{args.run}/classifier.pt knows {', '.join(its_classes)}, the generator "
-                         f"{', '.join(classes)}")
+        raise ValueError(f"{args.run}/classifier.pt knows other classes: {', '.join(its_classes)}")
     names = args.scorers or DEFAULT_SCORERS["digits" if settings["data"] == "digits" else "colour"]
     scorers, trained = make_scorers(names, args, about, classifier)
     sets = gather_sets(args, about, trained)
@@ -351,8 +349,8 @@ def report(args, out, detector, about, trained, scored, n_held):
     results = dict(
         provenance(), settings=about["settings"], n=n, n_held_out=n_held, flagged=flagged, tpr=TPR,
         steps={name: saved["step"] for name, saved in dict(trained, generator=about).items()},
-        classifier=args.classifier or "classifier.pt", scorers=list(detector.scorers),
-        mask=detector.mask.settings, masks=detector.masks, rule=detector.rule,
+        classifier=detector.calibration["about"]["classifier"], scorers=list(detector.scorers),
+        mask=getattr(detector.mask, "settings", None), masks=detector.masks, rule=detector.rule,
         odin=dict(temperature=ODIN_TEMPERATURE, step=ODIN_STEP), **tables)
     temporary = out / "results.json.tmp"
     temporary.write_text(json.dumps(results, indent=1) + "\n")

@@ -79,14 +79,12 @@ def find_images(data, split):
         try:
             pairs = getattr(datasets, data.upper())(DOWNLOADS, download=RANK == 0, **how)
         except (OSError, RuntimeError) as error:
-            raise OSError(f"cannot download {data} ({error}): unpack it into {DOWNLOADS.resolve()}"
-                          " or go online; before torchrun, download it once") from error
+            raise OSError(f"cannot download {data} into {DOWNLOADS.resolve()}: {error}") from error
         images, labels = zip(*pairs)
         return images, labels, getattr(pairs, "classes", [])
     root = Path(data, split)
     if not root.is_dir():
-        raise OSError(f"{root} does not exist: --data takes digits, cifar10, cifar100 or a folder "
-                      "that holds train/<class>/ and test/<class>/")
+        raise OSError(f"{root} does not exist: --data takes a folder of train/ and test/<class>/")
     classes = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
     files = [(file, y) for y, name in enumerate(classes) for file in image_files(root / name)]
     return [file for file, _ in files], [y for _, y in files], classes
@@ -172,8 +170,8 @@ class Split:
         content = str(sorted(zip(hashes.tolist(), y.tolist())))
         self.fingerprint = hashlib.sha256(content.encode()).hexdigest()[:16]
         if split == "train" and self.held.sum() < MIN_HELD_OUT:
-            raise ValueError(f"{int(self.held.sum())} held-out images (30 of a class, half at most)"
-                             f" cannot fix a threshold: {MIN_HELD_OUT} are the least")
+            raise ValueError(f"{int(self.held.sum())} images can be held out, half of a class at "
+                             f"most; a threshold needs {MIN_HELD_OUT}: add training images")
 
 def to_float(x):
     """uint8 (N, C, S, S) -> float in [-1, 1]."""
@@ -189,15 +187,14 @@ class Parser(argparse.ArgumentParser):
                          formatter_class=argparse.RawDescriptionHelpFormatter)
         add = self.add_argument
         add("--run", default="runs/digits", help="folder of all that is written [%(default)s]")
-        add("--data", help="digits, cifar10, cifar100 or a folder that holds train/<class>/ and "
-                           "test/<class>/ [the run's, or digits]")
+        add("--data", help="digits, cifar10, cifar100, or a folder of train/ and test/<class>/")
         add("--seed", type=int, default=0, help="[%(default)s]")
         cuda = torch.cuda.is_available()
         add("--device", default="cuda" if cuda else "cpu", help="[%(default)s]")
         if steps:
             add("--steps", type=int, help=steps)
             add("--resume", action="store_true", help="go on where the same command stopped")
-            add("--bf16", action="store_true", help="bfloat16: faster where the hardware has it")
+            add("--bf16", action="store_true", help="bfloat16, faster on some hardware")
 
     def parse_args(self, argv=None):
         args = super().parse_args(argv)
@@ -239,8 +236,8 @@ def run_script(main):
 # --- The loop around a training step, for one process or several ---------------------------------
 
 def draw(batch_size, x, y):
-    """Of uint8 images x (N, C, S, S) and labels y (N,), a random batch as floats in [-1, 1]; under
-    torchrun, this process's share of it."""
+    """A random batch of uint8 images x (N, C, S, S), as floats in [-1, 1], and labels y (N,); under
+    torchrun, this process's share."""
     rows = torch.randint(len(x), (batch_size // WORLD,)).to(x.device)
     return to_float(x[rows]), y[rows]
 
@@ -283,10 +280,9 @@ def training(args, name, settings, parts, steps):
         if not all(bool(torch.as_tensor(v).isfinite().all()) for v in [*weights, *values.values()]):
             raise ValueError(f"a loss or weight is not finite at step {step}: {path} is as it was; "
                              "lower the learning rate at the top of the script")
-        states = {key: part.state_dict() for key, part in parts.items()}
+        about = dict(kind=name, step=step, steps=steps, settings=settings, lines=lines, log=values)
         if RANK == 0:
-            save_checkpoint(path, dict(kind=name, step=step, steps=steps, settings=settings,
-                                       lines=lines, log=values, **states))
+            save_checkpoint(path, {**about, **{k: part.state_dict() for k, part in parts.items()}})
 
     stopped, saved_at = torch.zeros((), device=args.device), time.time()
     before = signal.signal(signal.SIGINT, lambda *_: stopped.fill_(1))
@@ -314,6 +310,8 @@ def training(args, name, settings, parts, steps):
                 saved_at = time.time()
             if stopped and not last:
                 sys.exit(f"stopped at step {step + 1}; {path} is kept: repeat with --resume")
+        if WORLD > 1:
+            dist.barrier()  # nobody goes on before the file is there
     finally:
         signal.signal(signal.SIGINT, before)
         file.close()
@@ -363,22 +361,20 @@ def main(argv=None):
     preset = PRESETS["digits" if data == "digits" else "colour"]
     settings = {k: getattr(args, k, None) or default for k, default in preset.items()}
     steps = settings.pop("steps")
-    weights = Path(torch.hub.get_dir(), "checkpoints", WEIGHT_FILES["vgg"])
-    if data != "digits" and not weights.exists():
-        print(f"evaluate.py will download {weights.name} (528 MB) for LPIPS and DISTS; offline, "
-              "run it with --scorers cb ssim")
+    vgg = Path(torch.hub.get_dir(), "checkpoints", WEIGHT_FILES["vgg"])
+    if data != "digits" and not vgg.exists():
+        print("evaluate.py will download 528 MB for LPIPS and DISTS, or needs --scorers cb ssim")
     split = Split(data, "train", args.known_classes, settings["image_size"], args.device)
     x_all, y_all = split.x[~split.held], split.y[~split.held]
     settings.update(data=data, classes=split.classes, image_size=split.x.shape[2], seed=args.seed,
                     channels=split.x.shape[1], conditional=not args.unconditional, bf16=args.bf16,
                     mask_ratio=MASK_RATIO, fingerprint=split.fingerprint, n=len(x_all))
-    print(f"{len(x_all)} training images of {len(split.classes)} classes, {int(split.held.sum())} "
-          f"held out, on {args.device}")
+    print(f"{len(x_all)} training images, {len(split.x) - len(x_all)} held out, on {args.device}")
 
     torch.manual_seed(args.seed)
-    K, ch, channels = len(split.classes), settings["ch"], settings["channels"]
-    nets = dict(generator=Generator(K, ch, settings["image_size"], channels,
-                                    conditional=settings["conditional"]),
+    K, ch, (_, channels, size, _) = len(split.classes), settings["ch"], split.x.shape
+    conditional = settings["conditional"]
+    nets = dict(generator=Generator(K, ch, size, channels, conditional=conditional),
                 discriminator=UNetDiscriminator(K, ch, channels))
     G, D = (parallel(net, args.device) for net in nets.values())
     opt_g = torch.optim.Adam(G.parameters(), LR_G, BETAS, fused=True)

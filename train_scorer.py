@@ -54,8 +54,7 @@ def make_classifier(net, widths, num_classes, channels):
     return nn.Sequential(*layers)
 
 def augment(x, mirror):
-    """Random shifts by up to an eighth of the side (4 pixels of 32), and mirror images where asked:
-    x (B, C, S, S) -> the same shape."""
+    """x (B, C, S, S) shifted at random by up to an eighth of the side and, if asked, mirrored."""
     B, _, S, _ = x.shape
     padded = F.pad(x, (S // 8,) * 4, mode="reflect")
     shift = torch.randint(2 * (S // 8) + 1, (2, B, 1)).to(x.device)
@@ -74,9 +73,8 @@ def train_classifier(args, settings, split):
     opt = torch.optim.SGD(model.parameters(), 1.0, momentum=0.9, weight_decay=5e-4, nesterov=True)
     x_all, y_all = split.x[~split.held], split.y[~split.held]
     for step, log in training(args, "classifier", settings, dict(classifier=net, opt=opt), steps):
-        done = (step + 0.5) / steps
-        rise_and_fall = min(done / 0.25, (1 - done) / 0.75)
-        opt.param_groups[0]["lr"] = settings["classifier_rate"] * rise_and_fall
+        cycle = min((step + 0.5) / steps / 0.25, (1 - (step + 0.5) / steps) / 0.75)  # up and down
+        opt.param_groups[0]["lr"] = settings["classifier_rate"] * cycle
         x, y = draw(settings["classifier_batch"], x_all, y_all)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=settings["bf16"]):
             logits = model(augment(x, settings["mirror"]))
@@ -101,8 +99,8 @@ def load_program(path, device):
                 return move_to_device_pass(torch.export.load(io.BytesIO(blob)), device).module()
     except Exception as error:  # each loader fails in its own ways
         raise ValueError(f"{path} cannot be loaded: {str(error).splitlines()[0]}") from error
-    raise ValueError(f"{path} is no TorchScript or torch.export program, but perhaps weights: "
-                     "torch.jit.trace(model.eval(), example).save(FILE) exports a model")
+    raise ValueError(f"{path} is no program, perhaps weights: export the model, for example with "
+                     "torch.jit.trace(model.eval(), example).save(FILE)")
 
 def load_classifier(run, program, device):
     """RUN/classifier.pt, or the program of that name -> callable, images (B, C, S, S) in [-1, 1] to
@@ -111,18 +109,15 @@ def load_classifier(run, program, device):
         return load_program(program, device), fingerprint(Path(program).read_bytes()), None
     path = Path(run, "classifier.pt")
     if not path.exists():
-        raise OSError(f"{path} does not exist: run train_scorer.py --run {run}, or name a program "
-                      "in its place with --classifier")
+        raise OSError(f"{path} does not exist: run train_scorer.py, or use --classifier PROGRAM")
     saved = load_checkpoint(path, "classifier", device)
-    settings = saved["settings"]
+    settings, classes = saved["settings"], saved["settings"]["classes"]
     if saved["step"] < saved["steps"]:
-        raise ValueError(f"{path} stopped at step {saved['step']} of {saved['steps']}: go on with "
-                         "train_scorer.py --resume")
-    net = make_classifier(settings["net"], settings["widths"], len(settings["classes"]),
-                          settings["channels"])
+        raise ValueError(f"{path} is not trained to its end: run train_scorer.py --resume")
+    net = make_classifier(settings["net"], settings["widths"], len(classes), settings["channels"])
     net.load_state_dict(saved["classifier"])
     net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-    return net, fingerprint(saved["classifier"]), settings["classes"]
+    return net, fingerprint(saved["classifier"]), classes
 
 def fingerprint(content):
     """16 hexadecimal digits that tell one file's bytes, or one net's weights, from another's."""
@@ -143,8 +138,8 @@ def predict(classifier, x, num_classes, batch=256):
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, AssertionError, AttributeError, TypeError) as error:
-        raise ValueError(f"the classifier fails on {batch} images {tuple(x.shape[1:])}: it must "
-                         f"take any number and return logits ({error})") from error
+        raise ValueError(f"the classifier fails on a batch of {batch} images {tuple(x.shape[1:])}: "
+                         f"{error}") from error
     return logits
 
 # --- C_b -----------------------------------------------------------------------------------------
@@ -208,17 +203,17 @@ def train_scorer(args, name, settings, split, G, extra=None):
     return load_checkpoint(Path(args.run, f"{name}.pt"), name)
 
 def weaknesses(accuracy, num_classes, checkpoints):
-    """Lines that say why not to trust a detector, from the classifier's held-out accuracy and the
+    """Why not to trust a detector, in lines: by the classifier's held-out accuracy and the
     checkpoints {name: dict} of generator and scorers."""
     lines = []
     if accuracy < (1 + 1 / num_classes) / 2:
         lines.append(f"the classifier is right on {accuracy:.0%} of held-out images only: does it "
-                     "take images in [-1, 1], and the classes in this order?")
+                     "expect images in [-1, 1]?")
     for name, saved in checkpoints.items():
         passes = saved["step"] * saved["settings"]["batch_size"] / saved["settings"]["n"]
         if saved["step"] < saved["steps"] or passes < 1:
-            lines.append(f"{name} has made {saved['step']} of {saved['steps']} steps, {passes:.2f} "
-                         "passes over the training images")
+            lines.append(f"{name} stopped at step {saved['step']} of {saved['steps']}, after "
+                         f"{passes:.2f} passes over its images")
         if saved["log"].get("val_auroc", 1) < 0.6:
             lines.append(f"{name} hardly tells right from mismatched labels: AUROC "
                          f"{saved['log']['val_auroc']:.2f} on held-out images")
@@ -232,14 +227,13 @@ def load_run(args):
         raise OSError(f"{path} does not exist: run train_gen.py --run {args.run} first")
     saved = load_checkpoint(path, "generator", args.device)
     settings = saved["settings"]
-    settings["data"] = args.data or settings["data"]
-    split = Split(settings["data"], "train", settings["classes"], settings["image_size"],
-                  args.device)
+    settings["data"], size = args.data or settings["data"], settings["image_size"]
+    split = Split(settings["data"], "train", settings["classes"], size, args.device)
     if split.fingerprint != settings["fingerprint"]:
         raise ValueError(f"the training images in {settings['data']} are not those that {path} was "
                          "trained on: restore them, or train again with another --run")
-    G = Generator(len(settings["classes"]), settings["ch"], settings["image_size"],
-                  settings["channels"], conditional=settings["conditional"])
+    G = Generator(len(split.classes), settings["ch"], size, settings["channels"],
+                  conditional=settings["conditional"])
     G.load_state_dict(saved["generator"])
     about = {k: saved[k] for k in ("settings", "step", "steps", "log")}
     about.update(id=fingerprint(saved["generator"]), all_classes=split.all_classes)
@@ -251,20 +245,15 @@ def main(argv=None):
     add = parser.add_argument
     add("--classifier", metavar="FILE", help="your own, instead of training one")
     add("--classifier-steps", type=int, help="[digits 300, otherwise 8500]")
-    add("--net", choices=["conv", "resnet18"],
-        help="the classifier's [digits conv, otherwise resnet18]")
-    add("--mirror", action="store_true",
-        help="train the classifier on mirror images, too: for photographs, not for text or signs")
-    add("--extra", metavar="FOLDER",
-        help="unlabeled images for a second C_b (section 3.6); its class folders are ignored")
+    add("--net", choices=["conv", "resnet18"], help="[digits conv, otherwise resnet18]")
+    add("--mirror", action="store_true", help="mirror the classifier's images: not for text, signs")
+    add("--extra", metavar="FOLDER", help="unlabeled images for a second C_b (section 3.6)")
     args = parser.parse_args(argv)
     G, about, split = load_run(args)
     K, own = len(split.classes), PRESETS["digits" if split.x.shape[1] == 1 else "colour"]
     own = {k: getattr(args, k, None) or v for k, v in own.items()}
-    same = ("classes", "channels", "image_size", "fingerprint", "n")
-    settings = {k: about["settings"][k] for k in same}
-    settings.update(seed=args.seed, bf16=args.bf16)
-    steps = own.pop("steps")
+    steps, same = own.pop("steps"), ("classes", "channels", "image_size", "fingerprint", "n")
+    settings = dict({k: about["settings"][k] for k in same}, seed=args.seed, bf16=args.bf16)
     if args.classifier or args.extra:
         classifier, _, _ = load_classifier(args.run, args.classifier, args.device)
     else:
