@@ -14,6 +14,7 @@ or --out: detector.pt, results.json, scores.csv (all scores of each image), pane
 """
 
 import csv
+import itertools
 import json
 import math
 import platform
@@ -28,12 +29,13 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from moodcat import RULES, SCORERS, ImageMask, MoodCat, fit_calibration, join, load_checkpoint
+from moodcat import SCORERS, ImageMask, MoodCat, fit_calibration, join, load_checkpoint
 from train_gen import (Parser, Split, find_images, image_files, image_hashes, read_images,
                        run_script, to_float)
 from train_scorer import load_classifier, load_run, predict, weaknesses
 
-DEFAULT_SCORERS = dict(digits=["cb", "ssim"], colour=["cb", "lpips", "dists"])  # the paper's
+DEFAULT_SCORERS = dict(digits=["cb", "ssim", "energy"],  # the paper's for colour, and energy
+                       colour=["cb", "lpips", "dists", "energy"])
 TPR = 0.95                   # share of in-distribution images to accept
 ODIN_TEMPERATURE = 1000.0    # its paper's defaults; its step of 0.0014 is for images in [0, 1], ...
 ODIN_STEP = 2 * 0.0014       # ... ours span twice that
@@ -141,24 +143,24 @@ def score_set(detector, classifier, x, labels, title):
         chunk, images = x[rows.to(x.device)], to_float(x[rows.to(x.device)])
         logits = predict(classifier, chunk, K)
         y, told = logits.argmax(1), oracle[rows].to(x.device)
-        part = dict(label=labels[rows], prediction=y, **baselines(classifier, images, logits, y),
-                    **detector.score(images, y))
+        part = dict(label=labels[rows], prediction=y, **baselines(classifier, images, logits, y))
         part["oracle MSP"] = logits.log_softmax(1).gather(1, told[:, None])[:, 0]
-        part.update({f"oracle {name}": s for name, s in detector.score(images, told).items()})
+        for prefix, given in (("", y), ("oracle ", told)):
+            scores = detector.score(images, given)
+            part.update({prefix + k: scores[k] for k in detector.scorers if k != "energy"})  # EBO
         parts.append({k: v.detach().cpu() for k, v in part.items()})
     return {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
 
 def add_joint(scored, held, names):
-    """To each set of scores a column for each rule, over the scorers `names`, and "... with energy"
-    where that is not among them; held: the held-out scores."""
-    members = {"": names} if "energy" in names else {"": names, " with energy": [*names, "EBO"]}
-    for title, own in members.items():
-        calibration = fit_calibration({name: held[name] for name in own}, TPR)
-        for s in scored.values():
-            for prefix in ("", "oracle "):
-                pick = {name: s.get(prefix + name, s[name]) for name in own}
-                for rule, joint in join(pick, calibration["held_out"]).items():
-                    s[prefix + rule + title] = joint
+    """To each set of scores a column for each rule, over the scorers `names` without energy, and
+    "... with energy"; held: the held-out scores."""
+    names = [name for name in names if name != "energy"]
+    for title, own in (("", names), (" with energy", [*names, "EBO"])):
+        calibration = fit_calibration({name: held[name] for name in own}, TPR) if own else None
+        for s, prefix in itertools.product(scored.values() if own else (), ("", "oracle ")):
+            pick = {name: s.get(prefix + name, s[name]) for name in own}
+            for rule, joint in join(pick, calibration["held_out"]).items():
+                s[prefix + rule + title] = joint
 
 def tabulate(scored, methods, labeling):
     """{method: {set: metrics}}, with "mean" and "std over sets" (ddof 1) of several.
@@ -183,6 +185,11 @@ def tabulate(scored, methods, labeling):
             rows["std over sets"] = {c: float(np.std(v, ddof=1)) for c, v in values.items()}
         table[method] = rows
     return table
+
+def methods_of(scored):
+    """The columns of score_set() and add_joint() that are methods."""
+    return [c for c in scored["in-distribution"]
+            if c not in ("label", "prediction") and not c.startswith("oracle ")]
 
 def format_table(table):
     """The rows of Table 1, in percent."""
@@ -317,7 +324,7 @@ def evaluate(args):
     accuracy = (held["label"] == held["prediction"]).double().mean().item()
     weak = weaknesses(accuracy, len(classes), dict(generator=about, **trained))
     detector.calibration = dict(
-        fit_calibration({name: held[name] for name in scorers}, TPR),
+        fit_calibration({k: held["EBO" if k == "energy" else k] for k in scorers}, TPR),
         about=dict(classifier=classifier_id, classes=classes, warnings=weak))
     detector.save(out / "detector.pt")
     for line in weak:
@@ -336,16 +343,17 @@ def evaluate(args):
         some = np.random.default_rng(0).permutation(len(x))[:10]
         blocks.append((name, x[some], scored[name]["prediction"][some]))
     draw_panel(out / "panel.png", detector, classes, blocks)
-    draw_roc(out / "roc.png", scored, ["MSP", "EBO", *scorers, *RULES])
+    draw_roc(out / "roc.png", scored, [c for c in methods_of(scored) if c != "ODIN"])
     print(f"{out}: results.json, scores.csv, detector.pt, panel.png, roc.png")
 
 def report(args, out, detector, about, trained, scored, n_held):
     """Tables from the scores, written to OUT/results.json and printed."""
-    methods = [c for c in scored["in-distribution"]
-               if c not in ("label", "prediction") and not c.startswith("oracle")]
+    methods = methods_of(scored)
     tables = {labeling: tabulate(scored, methods, labeling) for labeling in LABELINGS}
     n = {name: len(s["label"]) for name, s in scored.items()}
-    flagged = {name: detector.rejects(s).double().mean().item() for name, s in scored.items()}
+    own = detector.rule + " with energy" * ("energy" in detector.scorers)
+    flagged = {name: detector.rejects({detector.rule: s[own]}).double().mean().item()
+               for name, s in scored.items()}
     results = dict(
         provenance(), settings=about["settings"], n=n, n_held_out=n_held, flagged=flagged, tpr=TPR,
         steps={name: saved["step"] for name, saved in dict(trained, generator=about).items()},
@@ -365,7 +373,7 @@ def report(args, out, detector, about, trained, scored, n_held):
             cells = [row.get("mean") or list(row.values())[0] for row in rows]
             cells = ["{auroc:12.2%} /{fpr95:7.2%}".format(**cell) for cell in cells]
             print(f"{'p(y given x)' if method == 'MSP' else method:20s}{''.join(cells)}")
-    print(f"\nFlagged as OOD by {detector.rule}, threshold for {TPR:.0%} TPR on held-out images: "
+    print(f"\nFlagged as OOD by {own}, threshold for {TPR:.0%} TPR on held-out images: "
           + ", ".join(f"{name} {share:.1%}" for name, share in flagged.items()))
 
 def main(argv=None):
@@ -375,7 +383,7 @@ def main(argv=None):
     add("--ood", nargs="+", default=[], metavar="SET",
         help="cifar10, cifar100, svhn, dtd or folders of images")
     add("--scorers", nargs="+", metavar="NAME",
-        help=f"{' '.join(SCORERS)} [digits: cb ssim, otherwise cb lpips dists]")
+        help=f"{' '.join(SCORERS)} [digits: cb ssim energy, else cb lpips dists energy]")
     add("--masks", type=int, default=1, help="average each score over so many masks [%(default)s]")
     add("--classifier", metavar="FILE", help="the program in place of RUN/classifier.pt")
     add("--out", metavar="FOLDER", help="for the results [RUN]")

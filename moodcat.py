@@ -465,7 +465,7 @@ class MoodCat:
     `masks` of them, i = 0, 1, ... (the paper: 1); rule: the one of RULES that is_ood() goes by.
     Nets are taken over for inference, see fold(). Raises ValueError."""
 
-    def __init__(self, generator, scorers, mask=None, masks=1, rule="min-p"):
+    def __init__(self, generator, scorers, mask=None, masks=1, rule="fisher"):
         if not scorers or rule not in RULES:
             raise ValueError(f"a detector needs a scorer and one of the rules {', '.join(RULES)}")
         self.generator, self.scorers = fold(generator), dict(scorers)
