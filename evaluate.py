@@ -238,19 +238,20 @@ def draw_panel(path, detector, classes, blocks):
     from matplotlib.figure import Figure
     fig = Figure(figsize=(9, 3.2 * len(blocks)), layout="constrained")
     parts = fig.subfigures(len(blocks), squeeze=False)[:, 0]
+    plain = lambda text: text.encode(errors="backslashreplace").decode()  # names may be anything
     for part, (title, images, y) in zip(parts, blocks):
         x, y = to_float(images[:10]).to(detector.device), y[:10].to(detector.device)
         with torch.no_grad():
             _, x_m, x_fake = detector.synthesise(x, y)
         scores = detector.score(x, y)
         tall = torch.cat([F.pad(t, (1, 1, 1, 1), value=1.0) for t in (x, x_m, x_fake)], 2)
-        tall = ((tall + 1) / 2).permute(0, 2, 3, 1).squeeze(3).cpu()             # (N, 3(S+2), S+2)
-        part.suptitle(f"{title}: input, masked, synthesis", parse_math=False)
+        tall = ((tall + 1) / 2).permute(0, 2, 3, 1).squeeze(3).cpu().numpy()     # (N, 3(S+2), S+2)
+        part.suptitle(plain(f"{title}: input, masked, synthesis"), parse_math=False)
         axes = part.subplots(1, 10, subplot_kw=dict(xticks=[], yticks=[], frame_on=False))
         shown = zip(axes, tall, y, scores[detector.rule], detector.rejects(scores))
         for ax, image, label, score, ood in shown:
             ax.imshow(image, cmap="gray", vmin=0, vmax=1)
-            words = f"{classes[label][:12]}\n{score:.2f}\n{'OOD' if ood else 'accepted'}"
+            words = f"{plain(classes[label])[:12]}\n{score:.2f}\n{'OOD' if ood else 'accepted'}"
             ax.set_xlabel(words, color="tab:red" if ood else "black", parse_math=False)
     fig.savefig(path, dpi=100, bbox_inches="tight")
 
@@ -276,6 +277,7 @@ def judge_images(args):
     if args.run == "runs/digits" and not Path(args.run).exists() and shipped.exists():
         print(f"there is no {args.run}: the detector in {shipped} judges")
         args.run, out = str(shipped), Path(args.out or ".")
+    out.mkdir(parents=True, exist_ok=True)
     path = Path(args.run, "detector.pt")
     if not path.exists():
         raise OSError(f"{path} does not exist: run evaluate.py --run {args.run} first")
@@ -298,7 +300,6 @@ def judge_images(args):
         numbers = [f"{s[i]:.4f}" for s in scores.values()]
         verdict = "OOD" if ood[i] else "in-distribution"
         print("\t".join([repr(file)[1:-1], about["classes"][y[i]], *numbers, verdict]))
-    out.mkdir(parents=True, exist_ok=True)
     order = scores[detector.rule].argsort()[:10]
     block = "your images, the most suspicious", x[order], y[order]
     draw_panel(out / "images.png", detector, about["classes"], [block])

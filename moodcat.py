@@ -410,8 +410,8 @@ RULES = {"min-p": lambda log_p: log_p.min(0).values, "fisher": lambda log_p: log
 
 def log_p_values(scores, held_out):
     """Logarithms of conformal p-values: scores (B,), held-out in-distribution scores (n,) -> (B,)
-    float64 on the CPU. p is the share of the n + 1 scores that are no higher: linear between
-    held-out scores; below them an exponential tail with the mean excess of their lowest tenth;
+    float64 on the CPU. p is the number of held-out scores that are no higher over n + 1: linear
+    between them; below them an exponential tail with the mean excess of their lowest tenth;
     above them towards 1. Distinct scores never tie; one that is not finite gives NaN."""
     s, h = scores.detach().cpu().double(), held_out.cpu().double().sort().values
     s, tenth = torch.where(s.isfinite(), s, torch.nan), len(h) // 10 + 1
@@ -466,8 +466,8 @@ class MoodCat:
     Nets are taken over for inference, see fold(). Raises ValueError."""
 
     def __init__(self, generator, scorers, mask=None, masks=1, rule="fisher"):
-        if not scorers or rule not in RULES:
-            raise ValueError(f"a detector needs a scorer and one of the rules {', '.join(RULES)}")
+        if not scorers or rule not in RULES or masks < 1:
+            raise ValueError(f"a detector needs a scorer, a mask, a rule of {', '.join(RULES)}")
         self.generator, self.scorers = fold(generator), dict(scorers)
         self.mask, self.masks, self.rule = mask or ImageMask(), masks, rule
         self.device = next(generator.parameters()).device
@@ -541,7 +541,8 @@ class MoodCat:
             raise ValueError(f"cannot save the scorer {name!r}: it is not in moodcat.SCORERS")
         nets = {"generator": self.generator, **self.scorers}
         save_checkpoint(path, dict(
-            kind="detector", scorers=list(self.scorers), mask=getattr(self.mask, "settings", None),
+            kind="detector", scorers=list(self.scorers),
+            mask=self.mask.settings if type(self.mask) is ImageMask else None,
             masks=self.masks, rule=self.rule, calibration=self.calibration,
             nets={name: dict(settings=net.settings, weights=net.state_dict())
                   for name, net in nets.items() if hasattr(net, "settings")}))
@@ -598,6 +599,6 @@ def load_checkpoint(path, kind, device="cpu"):
         raise ValueError(f"{path} is damaged or no checkpoint: delete it, train again") from error
     if not isinstance(saved, dict) or saved.get("format") != FORMAT:
         raise ValueError(f"{path} is not a checkpoint of this version of the project")
-    if saved["kind"] != kind:
-        raise ValueError(f"{path} holds a {saved['kind']}, not a {kind}")
+    if saved.get("kind") != kind:
+        raise ValueError(f"{path} holds a {saved.get('kind')}, not a {kind}")
     return saved

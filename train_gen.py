@@ -119,8 +119,9 @@ def read_images(images, channels, size=None):
 
     if size is None:
         sides = [s for s in map(read, range(0, len(images), len(images) // 50 + 1)) if s]
-        size = min(max(round(np.median(sides or [32]) / 8) * 8, 16), 64)
-        print(f"images of {sides[:1]} px are taken at {size} px: --image-size changes that")
+        side = int(np.median(sides or [32]))
+        size = min(max(round(side / 8) * 8, 16), 64)
+        print(f"images of {side} px are taken at {size} px: --image-size changes that")
     x = np.zeros((len(images), channels, size, size), np.uint8)
     with ThreadPoolExecutor() as pool:
         for i in range(0, len(x), 1024):  # so that a long list is not all in flight
@@ -137,8 +138,8 @@ def image_hashes(x):
 
 def held_out(hashes, y):
     """Hashes of the training images and labels (N,) -> bool (N,), those that train nothing: a tenth
-    of each class, 30 at least, half at most. A hash chooses, so that the same image is always held
-    out, wherever it stands."""
+    of each class, 30 at least, half at most; the smallest hashes, so that it does not depend on the
+    images' order or names."""
     held = torch.zeros(len(y), dtype=torch.bool)
     for c in y.unique():
         own = hashes[y == c]
@@ -202,7 +203,7 @@ class Parser(argparse.ArgumentParser):
             if "" in (value if isinstance(value, list) else [value]):
                 self.error(f"--{flag.replace('_', '-')} is empty")
             if type(value) is int and value < (flag != "seed"):
-                self.error(f"--{flag.replace('_', '-')} must be positive")
+                self.error(f"--{flag.replace('_', '-')} {value} is too small")
         try:
             if args.device == "cuda":
                 args.device = f"cuda:{LOCAL_RANK}"
@@ -288,7 +289,8 @@ def training(args, name, settings, parts, steps):
     before = signal.signal(signal.SIGINT, lambda *_: stopped.fill_(1))
     pace = 0.5 if sys.stderr.isatty() else 10  # seconds between updates of the bar
     bar = tqdm(total=steps, initial=first, desc=name, mininterval=pace, disable=RANK > 0)
-    file.truncate(0)
+    if RANK == 0:
+        file.truncate(0)
     file.writelines(lines)  # without those after the checkpoint
     try:
         for step in range(first, steps):
