@@ -1,5 +1,4 @@
-"""pytest -q test_moodcat.py: about 2 minutes on 2 cores, offline. Formulas are compared with second
-implementations, numbers by hand or published check values; scripts run for real, on digits."""
+"""pytest -q test_moodcat.py: formulas against second implementations, scripts for real; offline."""
 
 import ast
 import csv
@@ -30,6 +29,7 @@ from moodcat import (DISTS, LPIPS, BinaryScorer, Decoder, Encoder, Generator, Im
 from train_gen import Split, image_files, read_images, to_float
 
 HERE = Path(__file__).resolve().parent
+torch.set_num_threads(1)  # nets this small only wait for a second thread
 NETS = ("generator", "classifier", "scorer")
 
 def images(n, channels=1, size=16, seed=0):
