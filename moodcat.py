@@ -2,9 +2,8 @@
 
 For a classifier C and an image x with prediction y = C(x): mask a random part of x, synthesise a
 whole image x' from what is left and y, and measure how far x' is from x. An in-distribution image
-comes back as itself; an OOD image comes back as something of class y. This file is the method, in
-the order of the paper's Figure 2. Training is in train_gen.py and train_scorer.py, numbers are in
-evaluate.py.
+comes back as itself, an OOD image as something of class y. This file is the method, in the order
+of Figure 2; train_gen.py and train_scorer.py train it, evaluate.py measures it.
 
     symbol     meaning                                     shape, range
     x          image                                       (B, C, H, W) float in [-1, 1]
@@ -31,17 +30,15 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.utils.parametrizations import spectral_norm
-from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
+from torch.nn.utils import parametrizations, parametrize
 
 # --- Masking (section 3.3, Table 5) --------------------------------------------------------------
 
 def random_mask(x, ratio=(0.1, 0.3), generator=None, u=None):
     """Remove a random rectangle of each image (section 3.3).
-
-    x (B, C, H, W); ratio: share of the area to remove, a range or one number, 0 = nothing;
-    generator: a CPU torch.Generator (None: the global one); u (B, 3): its numbers, if given.
-    Returns x_m (B, C, H, W), 0 where removed; mask (B, 1, H, W), True = removed. Raises ValueError.
+    x (B, C, H, W); ratio: share of the area, a range or one number; generator: a CPU
+    torch.Generator; u (B, 3): its numbers, if given. Returns x_m (B, C, H, W), 0 where removed;
+    mask (B, 1, H, W), True = removed. Raises ValueError.
     """
     low, high = ratio if isinstance(ratio, (tuple, list)) else (ratio, ratio)
     if not 0 <= low <= high <= 1:
@@ -107,7 +104,7 @@ def kl_divergence(mu, logvar):
 def _sn(layer):
     """BigGAN's recipe for every learned layer: orthogonal start, spectral norm."""
     nn.init.orthogonal_(layer.weight)
-    return spectral_norm(layer)
+    return parametrizations.spectral_norm(layer)
 
 class ConditionalBatchNorm(nn.Module):
     """Batch norm whose gain and bias are linear in the class embedding (section 3.4, [5]):
@@ -176,15 +173,13 @@ def _checked(**settings):
 
 class Generator(nn.Module):
     """G = D(E(.), y), the whole synthesis (section 3.4): x_m (B, channels, S, S) in [-1, 1], y (B,)
-    -> x' (B, channels, S, S), mu, logvar (B, z_dim). In train() z is sampled; in eval() z = mu, so
-    that a synthesis is repeatable. S is a multiple of 8, at least 16; the paper has 32.
-    conditional=False (Table 6): one embedding serves every class. Raises ValueError."""
+    -> x' (B, channels, S, S), mu, logvar (B, z_dim). train() samples z; eval() takes mu, which is
+    repeatable. conditional=False (Table 6): one embedding for all classes. Raises ValueError."""
 
     def __init__(self, num_classes, ch=32, image_size=32, channels=3, z_dim=128, conditional=True):
         super().__init__()
-        self.settings = _checked(num_classes=num_classes, ch=ch, image_size=image_size,
-                                 channels=channels, z_dim=z_dim)
-        self.settings["conditional"] = conditional
+        self.settings = dict(_checked(num_classes=num_classes, ch=ch, image_size=image_size,
+                                      channels=channels, z_dim=z_dim), conditional=conditional)
         self.encoder = Encoder(ch, image_size, channels, z_dim)
         self.decoder = Decoder(num_classes if conditional else 1, ch, image_size, channels, z_dim)
 
@@ -196,8 +191,8 @@ class Generator(nn.Module):
 # --- Discriminator (section 3.4, appendix A; U-Net GAN = reference [40]) -------------------------
 
 class DownBlock(nn.Module):
-    """Residual block of D^Unet and C_b: (B, cin, S, S) -> (B, cout, S/2, S/2), or the same side
-    with down=False. The first block of a net takes no activation before it."""
+    """Residual block of D^Unet and C_b: (B, cin, S, S) -> (B, cout, S/2, S/2), or (B, cout, S, S)
+    with down=False. A net's first has no activation before it."""
 
     def __init__(self, cin, cout, first=False, down=True):
         super().__init__()
@@ -213,7 +208,8 @@ class DownBlock(nn.Module):
         return h + self.skip(x)
 
 class Projection(nn.Module):
-    """Conditional logit of features h: w . h + b + embed(y) . h (Miyato and Koyama [30])."""
+    """Conditional logit w . h + b + embed(y) . h (Miyato and Koyama [30]): h (B, width) or
+    (B, width, H, W), y (B,) -> (B,) or (B, H, W)."""
 
     def __init__(self, width, num_classes):
         super().__init__()
@@ -221,7 +217,6 @@ class Projection(nn.Module):
         self.embed = _sn(nn.Embedding(num_classes, width))
 
     def forward(self, h, y):
-        """h (B, width) or (B, width, H, W), y (B,) -> (B,) or (B, 1, H, W)."""
         weight = self.linear.weight + self.embed(y)                           # (B, width)
         return torch.einsum("bc,bc...->b...", weight, h) + self.linear.bias
 
@@ -259,9 +254,8 @@ def discriminator_loss(real_logit, real_pixels, fake_logit, fake_pixels):
             + F.softplus(-real_pixels).mean() + F.softplus(fake_pixels).mean())
 
 def generator_loss(fake_logit, fake_pixels, x_fake, x, adv=1.0, l1=1.0, l2=1.0, ssim_weight=1.0):
-    """Eq. 6: fool both heads and resemble x: logits (B,), pixel logits (B, 1, H, W), images
-    (B, C, H, W) -> scalar. The paper adds SSIM, which must shrink as images grow alike, hence
-    1 - SSIM. The weights are 1 in Eq. 6; train_gen.py says what it takes and why."""
+    """Eq. 6: fool both heads and resemble x: logits (B,), pixel logits (B, 1, H, W), images (B, C,
+    H, W) -> scalar. Eq. 6 adds SSIM, which falls as images differ: 1 - SSIM is meant."""
     adversarial = F.softplus(-fake_logit).mean() + F.softplus(-fake_pixels).mean()
     return (adv * adversarial + l1 * F.l1_loss(x_fake, x) + l2 * F.mse_loss(x_fake, x)
             + ssim_weight * (1 - ssim(x_fake, x).mean()))
@@ -275,14 +269,11 @@ def ssim(x, y):
     11 x 11 Gaussian window, sigma 1.5, valid convolution, C1 = 0.01^2, C2 = 0.03^2 on [0, 1]."""
     g = torch.exp(-(torch.arange(11, device=x.device, dtype=x.dtype) - 5).square() / (2 * 1.5**2))
     g = g / g.sum()
-
-    def band(n):  # a valid convolution along one axis, as an (n - 10, n) matrix
-        return torch.stack([F.pad(g, (i, n - 11 - i)) for i in range(n - 10)])
-
+    # a valid convolution along one axis, as an (n - 10, n) matrix
+    band = lambda n: torch.stack([F.pad(g, (i, n - 11 - i)) for i in range(n - 10)])
     rows, cols = band(x.shape[2]), band(x.shape[3]).T
-    blur = lambda t: rows @ t @ cols
     x, y = (x + 1) / 2, (y + 1) / 2
-    mx, my, xx, yy, xy = blur(torch.stack([x, y, x * x, y * y, x * y]))
+    mx, my, xx, yy, xy = rows @ torch.stack([x, y, x * x, y * y, x * y]) @ cols
     value = ((2 * mx * my + 1e-4) * (2 * (xy - mx * my) + 9e-4)
              / ((mx * mx + my * my + 1e-4) * (xx - mx * mx + yy - my * my + 9e-4)))
     return value.mean((1, 2, 3))
@@ -290,9 +281,9 @@ def ssim(x, y):
 # --- Scorers (section 3.5): f(x, x', y) -> (B,), higher = in-distribution ------------------------
 
 class BinaryScorer(nn.Module):
-    """C_b (Figure 3): does x' show what x shows, given that x' was made for label y? x, x' (B,
-    channels, S, S), y (B,) -> (B,), higher = in-distribution (the authors' sign is the opposite).
-    BigGAN's small discriminator on the pair, without the authors' self-attention."""
+    """C_b (Figure 3): does x', made for y, show what x shows? x, x' (B, channels, S, S), y (B,) ->
+    (B,), higher = in-distribution (the authors: lower); BigGAN's small discriminator on the pair,
+    without the authors' self-attention."""
 
     def __init__(self, num_classes, ch=32, channels=3):
         super().__init__()
@@ -317,9 +308,8 @@ def _pretrained(name, load):
             warnings.simplefilter("ignore", UserWarning)
             return load()
     except Exception as error:  # downloads and damaged files fail in many ways
-        raise OSError(f"no usable weights {WEIGHT_FILES[name]} ({str(error).splitlines()[0]}): put "
-                      f"them into {torch.hub.get_dir()}/checkpoints (TORCH_HOME moves it), or run "
-                      "without them: --scorers cb ssim") from error
+        raise OSError(f"no usable {WEIGHT_FILES[name]} ({str(error).splitlines()[0]}): put it into "
+                      f"{torch.hub.get_dir()}/checkpoints, or use --scorers cb ssim") from error
 
 def _for_perception(x):
     """Grey to three channels, sides under 32 to 32: the pretrained nets know nothing smaller."""
@@ -341,9 +331,8 @@ class LPIPS(nn.Module):
 
 class DISTS(nn.Module):
     """Structure and texture distance of Ding et al. [8], on torchvision's VGG16: x, x' (B, 1 or 3,
-    H, W) in [-1, 1] -> (B,), 0 = equal. Stages are the image and relu1_2, 2_2, 3_3, 4_3, 5_3; of
-    each channel the means compare texture (S1), the covariance structure (S2); learned weights
-    alpha, beta mix them. Raises OSError without the weights."""
+    H, W) in [-1, 1] -> (B,), 0 = equal. In the image and five stages, channel means compare texture
+    (S1) and covariances structure (S2), mixed by learned weights alpha, beta. Raises OSError."""
 
     def __init__(self):
         super().__init__()
@@ -388,7 +377,7 @@ def _minus(distance):
     return lambda x, x_fake, y: -distance.to(x.device)(x, x_fake)
 
 def _energy(settings, classifier):
-    """The classifier's energy, a departure from the paper: neither x' nor y plays a part."""
+    """The classifier's energy, which the paper does not have: neither x' nor y plays a part."""
     if classifier is None:
         raise ValueError("the scorer energy needs the classifier: give it, too")
     return lambda x, x_fake, y: classifier(x).float().logsumexp(1)
@@ -409,10 +398,9 @@ SCORERS = {"cb": lambda settings, classifier: BinaryScorer(**settings),
 RULES = {"min-p": lambda log_p: log_p.min(0).values, "fisher": lambda log_p: log_p.sum(0)}
 
 def log_p_values(scores, held_out):
-    """Logarithms of conformal p-values: scores (B,), held-out in-distribution scores (n,) -> (B,)
-    float64 on the CPU. p is the number of held-out scores that are no higher over n + 1: linear
-    between them; below them an exponential tail with the mean excess of their lowest tenth;
-    above them towards 1. Distinct scores never tie; one that is not finite gives NaN."""
+    """log p of scores (B,), conformal by held-out in-distribution scores (n,): (B,) float64 on the
+    CPU. p is how many of those are no higher, over n + 1: linear between them, above them towards
+    1, below an exponential tail, the lowest tenth's mean excess; NaN for a score not finite."""
     s, h = scores.detach().cpu().double(), held_out.cpu().double().sort().values
     s, tenth = torch.where(s.isfinite(), s, torch.nan), len(h) // 10 + 1
     excess = (h[min(tenth, len(h) - 1)] - h[:tenth]).mean().clamp(min=1e-9)
@@ -432,9 +420,9 @@ def join(scores, held_out):
 
 def fit_calibration(scores, tpr=0.95):
     """From scores {name: (n,)} of held-out in-distribution images under y = C(x): the even images'
-    for join(), and each rule's threshold, set on the odd ones so that it accepts a share of at
-    least `tpr` of fresh images, whatever the scorers. Raises ValueError."""
-    if not all(bool(s.isfinite().all()) for s in scores.values()):
+    for join(), and each rule's threshold, at which the odd ones promise that a share of at least
+    `tpr` of fresh images is accepted, whatever the scorers. Raises ValueError."""
+    if not all(s.isfinite().all() for s in scores.values()):
         raise ValueError("a held-out image has a score that is not finite: check the scorers")
     even, odd = ({name: s[half::2].cpu().clone() for name, s in scores.items()} for half in (0, 1))
     n = len(next(iter(odd.values())))
@@ -449,21 +437,19 @@ def fit_calibration(scores, tpr=0.95):
 # --- Detector (Figure 2) -------------------------------------------------------------------------
 
 def fold(net):
-    """net, in place, for inference: eval(), no gradients, channels-last, spectral norms multiplied
-    into plain weights."""
+    """net, in place, for inference: eval(), no gradients, spectral norms folded into weights."""
     net.eval().requires_grad_(False).to(memory_format=torch.channels_last)
     for module in list(net.modules()):
-        if is_parametrized(module):
-            remove_parametrizations(module, "weight")
+        if parametrize.is_parametrized(module):
+            parametrize.remove_parametrizations(module, "weight")
     return net
 
 class MoodCat:
     """The detector, for any classifier: x is rejected when its synthesis under y = C(x) differs.
 
     generator: a trained Generator; scorers: {name: f}, f(x, x', y) -> (B,), higher =
-    in-distribution; mask: f(x, i) -> (x_m, M), by default ImageMask(); a score is the mean over
-    `masks` of them, i = 0, 1, ... (the paper: 1); rule: the one of RULES that is_ood() goes by.
-    Nets are taken over for inference, see fold(). Raises ValueError."""
+    in-distribution; mask: f(x, i) -> (x_m, M); a score is the mean over i = 0 to masks - 1 (the
+    paper: 1); rule: the one of RULES for is_ood(). Nets are folded. Raises ValueError."""
 
     def __init__(self, generator, scorers, mask=None, masks=1, rule="fisher"):
         if not scorers or rule not in RULES or masks < 1:
@@ -488,8 +474,7 @@ class MoodCat:
     @torch.no_grad()
     def score(self, x, y):
         """Scores of images x (B, C, S, S) float in [-1, 1] under labels y (B,), normally C(x):
-        {name: (B,)}, higher = in-distribution; once calibrated, also each of RULES. Raises
-        ValueError for input of another kind."""
+        {name: (B,)}, higher = in-distribution; once calibrated, of RULES too. Raises ValueError."""
         x, y = self._check(x, y)
         scores = {name: torch.zeros(len(x), device=self.device) for name in self.scorers}
         chunk = 512 if x.is_cuda else 32  # on a CPU small chunks stay in the cache
@@ -535,8 +520,7 @@ class MoodCat:
         return x.clamp(-1, 1), y.long()
 
     def save(self, path):
-        """Everything needed to deploy beside the classifier, in one file. A mask other than
-        ImageMask must be given to load() again. Raises OSError, or ValueError."""
+        """All but the classifier and a mask other than ImageMask. Raises OSError, ValueError."""
         for name in self.scorers.keys() - SCORERS.keys():
             raise ValueError(f"cannot save the scorer {name!r}: it is not in moodcat.SCORERS")
         nets = {"generator": self.generator, **self.scorers}
@@ -549,8 +533,8 @@ class MoodCat:
 
     @classmethod
     def load(cls, path, device="cpu", classifier=None, mask=None):
-        """The detector that save() wrote; classifier: images (B, C, S, S) to logits (B, K), for
-        energy; mask: as for MoodCat. Raises OSError or ValueError."""
+        """What save() wrote; classifier, images (B, C, S, S) to logits (B, K), is for the scorer
+        energy; mask as for MoodCat. Raises OSError or ValueError."""
         saved = load_checkpoint(path, "detector", device)
         try:
             settings = {name: net["settings"] for name, net in saved["nets"].items()}
@@ -562,17 +546,17 @@ class MoodCat:
                 {"generator": generator, **nets}[name].load_state_dict(net["weights"])
             detector.calibration = saved["calibration"]
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-            raise ValueError(f"{path} cannot be loaded ({error!r}): give what it was saved with, "
-                             "classifier, mask and SCORERS, or train again") from error
+            raise ValueError(f"cannot load {path} with this classifier, mask: {error!r}") from error
         return detector
 
 # --- Checkpoints: one dictionary, never half-written, never executed on loading, damage noticed --
 
 FORMAT = "moodcat 2"
+WRITTEN_BY = dict(generator="train_gen.py", classifier="train_scorer.py", scorer="train_scorer.py",
+                  scorer_extra="train_scorer.py --extra FOLDER", detector="evaluate.py")
 
 def save_checkpoint(path, content):
-    """Write content, a dict with "kind", to a temporary file beside `path`, then rename it: what
-    was there before stays whole until then. Raises OSError."""
+    """Write content, a dict with "kind", to a file beside `path`, then rename. Raises OSError."""
     path, buffer = Path(path), io.BytesIO()
     torch.save({**content, "format": FORMAT, "torch": str(torch.__version__)}, buffer)
     temporary = path.with_name(f"{path.name}.tmp")
@@ -582,14 +566,12 @@ def save_checkpoint(path, content):
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise OSError(f"cannot write {path} ({error.strerror}); an earlier one is whole: make room "
-                      "or choose another --run, then go on with --resume") from error
+        raise OSError(f"cannot write {path} ({error.strerror}); an earlier one is whole") from error
 
 def load_checkpoint(path, kind, device="cpu"):
-    """The dict of that kind that save_checkpoint wrote. Raises OSError (missing) or ValueError
-    (damaged, foreign, another kind)."""
+    """What save_checkpoint wrote. Raises OSError (missing), ValueError (damaged, of other kind)."""
     if not Path(path).is_file():
-        raise OSError(f"{path} does not exist")
+        raise OSError(f"{path} does not exist: run {WRITTEN_BY.get(kind, 'its script')} first")
     try:
         with zipfile.ZipFile(path) as archive:  # torch.save's format, a checksum for each tensor
             if archive.testzip() is not None:

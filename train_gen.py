@@ -5,7 +5,7 @@
     python train_gen.py --data FOLDER --run runs/mine --ch 16  # FOLDER/{train,test}/<class>/*.png
     torchrun --nproc_per_node=4 -- train_gen.py ...            # one process for each of 4 GPUs
 
-Writes RUN/generator.pt and RUN/generator.jsonl, its log. After an interruption, add --resume.
+Writes RUN/generator.pt and its log beside it. After an interruption, add --resume.
 """
 
 import argparse
@@ -41,8 +41,7 @@ L1, L2, SSIM = 2.0, 3.0, 5.0  # the authors' weights; in Eq. 6's 1 : 1 : 1 synth
 MASK_RATIO = (0.1, 0.3)  # Table 5
 SAVE_SECONDS = 60        # between checkpoints; when they fall changes no result
 LOG_EVERY = 10           # steps
-WORLD, RANK, LOCAL_RANK = (int(os.environ.get(k, d)) for k, d in (
-    ("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))  # torchrun sets these
+WORLD, RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))  # of torchrun
 
 # --- Data: each split is one uint8 tensor (N, C, S, S); the held-out part trains nothing ---------
 
@@ -51,20 +50,19 @@ MIN_HELD_OUT = 40         # half of them fix a threshold for 95%
 DOWNLOADS = Path("data")  # where torchvision puts CIFAR, SVHN, DTD
 
 def image_files(folder):
-    """Names of the image files below a folder (or of a file), sorted, without hidden ones. Raises
-    OSError if there is none."""
+    """Names of a file or of the image files below a folder, not hidden, sorted. Raises OSError."""
     files = [str(folder)] if os.path.isfile(folder) else []
     for root, folders, names in os.walk(folder):
         folders[:] = [f for f in folders if not f.startswith(".")]
         files += [os.path.join(root, n) for n in names
                   if os.path.splitext(n)[1].lower() in SUFFIXES and not n.startswith(".")]
     if not files:
-        raise OSError(f"{folder} does not exist, or holds no images ({' '.join(sorted(SUFFIXES))})")
+        raise OSError(f"{folder} does not exist, or holds no images {' '.join(sorted(SUFFIXES))}")
     return sorted(files)
 
 def find_images(data, split):
-    """digits, cifar10, cifar100, svhn, dtd or a folder with train/<class>/ and test/<class>/ -> PIL
-    images or file names, labels (N,), class names. Raises OSError."""
+    """digits, cifar10, cifar100, svhn, dtd or a folder of train/ and test/<class>/ -> PIL images or
+    file names, labels (N,), class names. Raises OSError."""
     if data == "digits":
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
@@ -90,8 +88,8 @@ def find_images(data, split):
     return [file for file, _ in files], [y for _, y in files], classes
 
 def fit_image(image, channels, size):
-    """PIL image -> uint8 (channels, size, size): the shorter side resized, the centre kept, alpha
-    dropped. Integer grey has 8, 12 or 16 bits, the least that hold its largest value."""
+    """PIL image -> uint8 (channels, size, size), the centre, without alpha. Raises ValueError.
+    Integer grey has 8, 12 or 16 bits, the least that hold its largest value."""
     if image.mode == "F":
         raise ValueError("float pixels have no fixed range")
     if image.mode.startswith("I"):
@@ -127,8 +125,8 @@ def read_images(images, channels, size=None):
         for i in range(0, len(x), 1024):  # so that a long list is not all in flight
             list(pool.map(read, range(i, min(i + 1024, len(x)))))
     for i in sorted(bad)[:1]:
-        raise OSError(f"{len(bad)} of {len(x)} images cannot be read, the first is {images[i]!r} "
-                      f"({bad[i]}): repair or remove them")
+        what = f"{len(bad)} of {len(x)} images cannot be read"
+        raise OSError(f"{what}, the first is {images[i]!r} ({bad[i]})")
     return torch.from_numpy(x)
 
 def image_hashes(x):
@@ -137,9 +135,8 @@ def image_hashes(x):
     return torch.from_numpy(np.frombuffer(b"".join(h.digest() for h in hashes), np.int64).copy())
 
 def held_out(hashes, y):
-    """Hashes of the training images and labels (N,) -> bool (N,), those that train nothing: a tenth
-    of each class, 30 at least, half at most; the smallest hashes, so that it does not depend on the
-    images' order or names."""
+    """Hashes and labels (N,) of the training images -> bool (N,), those that train nothing: of each
+    class a tenth, 30 at least, half at most, of the smallest hashes, whatever order or names."""
     held = torch.zeros(len(y), dtype=torch.bool)
     for c in y.unique():
         own = hashes[y == c]
@@ -147,9 +144,9 @@ def held_out(hashes, y):
     return held
 
 class Split:
-    """Images of a split: x uint8 (N, C, S, S), y (N,) from 0 to K - 1 and `held` (N,), which are
-    held out, on the device; `unknown` (M, C, S, S), images of the other classes; `classes`, K of
-    `all_classes`; `names`, `unknown_names` of images; `fingerprint`. Raises OSError, ValueError."""
+    """A split: images x uint8 (N, C, S, S), labels y (N,) in [0, K), `held` (N,), True = held out;
+    `unknown` (M, C, S, S), images of the other classes; `classes`, K of `all_classes`; names of
+    images; `fingerprint`. Raises OSError, ValueError."""
 
     def __init__(self, data, split, known=None, size=None, device="cpu"):
         images, y, self.all_classes = find_images(data, split)
@@ -171,8 +168,7 @@ class Split:
         content = str(sorted(zip(hashes.tolist(), y.tolist())))
         self.fingerprint = hashlib.sha256(content.encode()).hexdigest()[:16]
         if split == "train" and self.held.sum() < MIN_HELD_OUT:
-            raise ValueError(f"{int(self.held.sum())} images can be held out, half of a class at "
-                             f"most; a threshold needs {MIN_HELD_OUT}: add training images")
+            raise ValueError(f"{self.held.sum()} held-out images, a threshold needs {MIN_HELD_OUT}")
 
 def to_float(x):
     """uint8 (N, C, S, S) -> float in [-1, 1]."""
@@ -190,8 +186,7 @@ class Parser(argparse.ArgumentParser):
         add("--run", default="runs/digits", help="folder of all that is written [%(default)s]")
         add("--data", help="digits, cifar10, cifar100, or a folder of train/ and test/<class>/")
         add("--seed", type=int, default=0, help="[%(default)s]")
-        cuda = torch.cuda.is_available()
-        add("--device", default="cuda" if cuda else "cpu", help="[%(default)s]")
+        add("--device", default=("cpu", "cuda")[torch.cuda.is_available()], help="[%(default)s]")
         if steps:
             add("--steps", type=int, help=steps)
             add("--resume", action="store_true", help="go on where the same command stopped")
@@ -206,7 +201,7 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"--{flag.replace('_', '-')} {value} is too small")
         try:
             if args.device == "cuda":
-                args.device = f"cuda:{LOCAL_RANK}"
+                args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
                 torch.cuda.set_device(args.device)  # NCCL takes the current one
             torch.zeros(1, device=args.device).item()
         except (RuntimeError, AssertionError, NotImplementedError):
@@ -237,8 +232,7 @@ def run_script(main):
 # --- The loop around a training step, for one process or several ---------------------------------
 
 def draw(batch_size, x, y):
-    """A random batch of uint8 images x (N, C, S, S), as floats in [-1, 1], and labels y (N,); under
-    torchrun, this process's share."""
+    """This process's share of a random batch of uint8 images x (N, C, S, S), y (N,), as floats."""
     rows = torch.randint(len(x), (batch_size // WORLD,)).to(x.device)
     return to_float(x[rows]), y[rows]
 
@@ -250,19 +244,17 @@ def parallel(net, device):
     return DistributedDataParallel(net) if WORLD > 1 else net
 
 def training(args, name, settings, parts, steps):
-    """for step, log in training(...): the steps still to do, until RUN/<name>.pt holds them all.
-
-    parts: {name: anything with a state_dict}, kept in the checkpoint. Before each step the random
-    numbers are seeded by (seed, step), so that a resumed training equals an uninterrupted one bit
-    for bit. log(key=scalar, ...) writes to RUN/<name>.jsonl. Ctrl-C ends it after a step, with a
-    checkpoint. Raises ValueError, also for a loss or weight that is not finite."""
-    path, first, lines, values = Path(args.run, f"{name}.pt"), 0, [], {}
+    """for step, log in training(...): the steps still to do, until RUN/<name>.pt holds them all,
+    with parts, {name: anything with a state_dict}. (seed, step) seeds a step's random numbers, so
+    that a resumed training equals an uninterrupted one bit for bit. log(key=scalar, ...) writes to
+    RUN/<name>.jsonl. Ctrl-C ends it with a checkpoint. Raises ValueError, OSError."""
+    path, first, lines, values = Path(args.run, f"{name}.pt"), 0, [], {}  # values: the last logged
     path.parent.mkdir(parents=True, exist_ok=True)
     file = open(path.with_suffix(".jsonl") if RANK == 0 else os.devnull, "a")
     try:
         fcntl.flock(file, fcntl.LOCK_NB | (fcntl.LOCK_SH if RANK else fcntl.LOCK_EX))
     except BlockingIOError as error:
-        raise ValueError(f"another training is at work on {path}: take another --run") from error
+        raise ValueError(f"another training is at work on {path}") from error
     if path.exists():
         saved = load_checkpoint(path, name, args.device)
         differ = ", ".join(k for k in settings if saved["settings"].get(k) != settings[k])
@@ -270,21 +262,12 @@ def training(args, name, settings, parts, steps):
             raise ValueError(f"{path} has another {differ}: choose another --run, or delete it")
         first, lines, values = saved["step"], saved["lines"], saved["log"]
         if first < steps and not args.resume:
-            raise ValueError(f"{path} stopped at step {first} of {steps}: add --resume to go on")
+            raise ValueError(f"{path} stopped at step {first} of {steps}: add --resume")
         for part in parts:
             parts[part].load_state_dict(saved[part])
         print(f"{path} is there, with {first} of {steps} steps")
 
-    def save(step):
-        nets = [part for part in parts.values() if isinstance(part, torch.nn.Module)]
-        weights = [p.detach() for net in nets for p in net.parameters()]
-        if not all(bool(torch.as_tensor(v).isfinite().all()) for v in [*weights, *values.values()]):
-            raise ValueError(f"a loss or weight is not finite at step {step}: {path} is as it was; "
-                             "lower the learning rate at the top of the script")
-        about = dict(kind=name, step=step, steps=steps, settings=settings, lines=lines, log=values)
-        if RANK == 0:
-            save_checkpoint(path, {**about, **{k: part.state_dict() for k, part in parts.items()}})
-
+    nets = [part for part in parts.values() if isinstance(part, torch.nn.Module)]
     stopped, saved_at = torch.zeros((), device=args.device), time.time()
     before = signal.signal(signal.SIGINT, lambda *_: stopped.fill_(1))
     pace = 0.5 if sys.stderr.isatty() else 10  # seconds between updates of the bar
@@ -308,7 +291,14 @@ def training(args, name, settings, parts, steps):
             if WORLD > 1:
                 dist.all_reduce(stopped)
             if stopped or last or time.time() - saved_at > SAVE_SECONDS:
-                save(step + 1)
+                numbers = [*values.values(), *(p for net in nets for p in net.parameters())]
+                if not all(torch.as_tensor(v).isfinite().all() for v in numbers):
+                    raise ValueError(f"not finite at step {step + 1}: lower the learning rate")
+                content = dict(kind=name, step=step + 1, steps=steps, settings=settings,
+                               lines=lines, log=values)
+                content.update({k: part.state_dict() for k, part in parts.items()})
+                if RANK == 0:
+                    save_checkpoint(path, content)
                 saved_at = time.time()
             if stopped and not last:
                 sys.exit(f"stopped at step {step + 1}; {path} is kept: repeat with --resume")
@@ -322,13 +312,12 @@ def training(args, name, settings, parts, steps):
 # --- Training (Algorithm 1) ----------------------------------------------------------------------
 
 def train_step(G, D, opt_g, opt_d, x, x_m, y, kl_weight, bf16=False):
-    """One iteration of Algorithm 1: images x, masked images x_m (B, C, S, S), labels y (B,); nets
-    and their optimisers. Returns the losses."""
+    """Algorithm 1's iteration: images x, masked x_m (B, C, S, S), y (B,) -> {name: loss}."""
     def run(net, *inputs):  # float32 comes out, for the losses
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
             return [out.float() for out in net(*inputs)]
 
-    # (1) update E and D (Eq. 6 and Eq. 1); D^Unet's weights need no gradient here
+    # update E and D (Eq. 6 and Eq. 1); D^Unet's weights need no gradient here
     x_fake, mu, logvar = run(G, x_m, y)                           # x' = D(E(M(x)), y)
     D.requires_grad_(False)
     judged = run(getattr(D, "module", D), x_fake, y)
@@ -338,7 +327,7 @@ def train_step(G, D, opt_g, opt_d, x, x_m, y, kl_weight, bf16=False):
     (loss_g + kl_weight * kl).backward()
     opt_g.step()
 
-    # (2) update D^Unet on the same syntheses (Eq. 3)
+    # update D^Unet on the same syntheses (Eq. 3)
     D.requires_grad_(True)
     logit, pixels = run(D, torch.cat([x, x_fake.detach()]), torch.cat([y, y]))
     (real, fake), (real_px, fake_px) = logit.chunk(2), pixels.chunk(2)
@@ -352,8 +341,7 @@ def main(argv=None):
     """Settle the settings, then train E, D and D^Unet into RUN/generator.pt."""
     parser = Parser(__doc__, steps="[digits 800, otherwise 100000]")
     add = parser.add_argument
-    add("--known-classes", nargs="+", metavar="CLASS",
-        help="in-distribution; the others become the OOD set 'unknown' [digits: 0 to 5]")
+    add("--known-classes", nargs="+", metavar="CLASS", help="the others are OOD [digits: 0 to 5]")
     add("--image-size", type=int, help="a multiple of 8 [digits 16, otherwise the data's own]")
     add("--ch", type=int, help="channel multiplier [digits 8, otherwise 32]")
     add("--batch-size", type=int, help="[digits 32, otherwise 96]")
@@ -372,7 +360,6 @@ def main(argv=None):
                     channels=split.x.shape[1], conditional=not args.unconditional, bf16=args.bf16,
                     mask_ratio=MASK_RATIO, fingerprint=split.fingerprint, n=len(x_all))
     print(f"{len(x_all)} training images, {len(split.x) - len(x_all)} held out, on {args.device}")
-
     torch.manual_seed(args.seed)
     K, ch, (_, channels, size, _) = len(split.classes), settings["ch"], split.x.shape
     conditional = settings["conditional"]
