@@ -6,11 +6,10 @@
     python evaluate.py --run runs/mine --classifier mine.pt  # what train_scorer.py was given
     python evaluate.py --run runs/cifar10 --images my_photos # verdicts on your own pictures
 
-In-distribution: the run's test split. OOD: the test images of the other classes ("unknown"), when
-there are any, and the sets after --ood. The headline uses y = C(x); the authors' protocol (true
-labels for in-distribution, random labels for OOD images) follows under its own name. p-values and
-thresholds are fixed on held-out training images: no test image chooses anything. Writes into RUN,
-or --out: detector.pt, results.json, scores.csv (all scores of each image), panel.png, roc.png.
+In-distribution: the run's test split. OOD: its images of other classes ("unknown") and the sets
+after --ood. The headline uses y = C(x); the authors' protocol (true labels for in-distribution,
+random labels for OOD images) follows. Held-out training images fix p-values and thresholds: no test
+image chooses anything. Writes detector.pt, results.json, scores.csv and pictures to RUN or --out.
 """
 
 import csv
@@ -39,7 +38,7 @@ DEFAULT_SCORERS = dict(digits=["cb", "ssim", "energy"],  # the paper's for colou
 TPR = 0.95                   # share of in-distribution images to accept
 ODIN_TEMPERATURE = 1000.0    # its paper's defaults; its step of 0.0014 is for images in [0, 1], ...
 ODIN_STEP = 2 * 0.0014       # ... ours span twice that
-# which columns of scores the two sides take; "oracle": true in-distribution, random for OOD
+# prefixes of the columns for either side; "oracle": true in-distribution, random for OOD
 LABELINGS = dict(predicted_labels=("", ""),             # y = C(x), the headline
                  oracle_labels=("oracle ", "oracle "),  # the authors' code
                  true_in_distribution=("oracle ", ""))  # the truth where there is one, else C(x)
@@ -47,23 +46,20 @@ COLUMNS = dict(fpr95="FPR@TPR95", auroc="AUROC", aupr_in="AUPR-In", aupr_out="AU
                accuracy="accuracy")
 
 # --- Metrics (section 4.2) and baselines ---------------------------------------------------------
-
 def ood_metrics(id_scores, ood_scores):
     """fpr95, auroc, aupr_in, aupr_out as fractions; scores (N,) and (M,), higher = in-distribution,
-    which is the positive class (section 4.2). FPR@TPR95's threshold is the k-th largest
-    in-distribution score, k = floor(0.95 N); a score at it is accepted, so that a constant has an
-    FPR of 1. AUPR is the trapezoid under the precision-recall curve. Raises ValueError."""
+    the positive class (section 4.2). FPR@TPR95 accepts from the k-th largest in-distribution score,
+    k = floor(0.95 N). AUPR is the trapezoid under the curve. Raises ValueError."""
     from sklearn.metrics import auc, precision_recall_curve, roc_auc_score
     inside, outside = (np.asarray(s, dtype=np.float64).ravel() for s in (id_scores, ood_scores))
     scores, is_id = np.r_[inside, outside], np.arange(len(inside) + len(outside)) < len(inside)
     if not len(inside) or not len(outside) or not np.isfinite(scores).all():
         raise ValueError("metrics need finite scores of at least one image on each side")
     threshold = np.sort(inside)[::-1][max(1, math.floor(0.95 * len(inside) + 1e-9)) - 1]
-    aupr = [auc(*precision_recall_curve(side, s)[1::-1]) for side, s in
-            ((is_id, scores), (~is_id, -scores))]
+    aupr = lambda positive, s: float(auc(*precision_recall_curve(positive, s)[1::-1]))
     return dict(fpr95=float((outside >= threshold).mean()),
                 auroc=float(roc_auc_score(is_id, scores)),
-                aupr_in=float(aupr[0]), aupr_out=float(aupr[1]))
+                aupr_in=aupr(is_id, scores), aupr_out=aupr(~is_id, -scores))
 
 def baselines(classifier, x, logits, y):
     """MSP, ODIN and energy (EBO) of float images x (B, C, S, S) with logits (B, K), higher =
@@ -79,10 +75,8 @@ def baselines(classifier, x, logits, y):
     return scores
 
 # --- What to score -------------------------------------------------------------------------------
-
 def make_scorers(names, args, about, classifier):
-    """The scorers of these names, and the checkpoints of those that were trained. Raises OSError or
-    ValueError."""
+    """The scorers of these names, the checkpoints of trained ones. Raises OSError, ValueError."""
     scorers, trained = {}, {}
     for name in names:
         if name not in SCORERS:
@@ -92,15 +86,12 @@ def make_scorers(names, args, about, classifier):
             continue
         kind = name.replace("cb", "scorer")
         path = Path(args.run, f"{kind}.pt")
-        if not path.exists():
-            extra = " --extra FOLDER" * (name == "cb_extra")
-            raise OSError(f"{path} does not exist: run train_scorer.py --run {args.run}{extra}")
         saved = trained[name] = load_checkpoint(path, kind, args.device)
         settings = saved["settings"]
         if settings["generator"] != about["id"]:
             raise ValueError(f"{path} is of another generator.pt: delete it, run train_scorer.py")
-        size = dict(num_classes=len(settings["classes"]), ch=settings["ch"])
-        scorers[name] = SCORERS[name](dict(size, channels=settings["channels"]), classifier)
+        size = {k: settings[k] for k in ("ch", "channels")}
+        scorers[name] = SCORERS[name](dict(size, num_classes=len(settings["classes"])), classifier)
         scorers[name].load_state_dict(saved["scorer"])
     return scorers, trained
 
@@ -110,8 +101,7 @@ def gather_sets(args, about, trained):
     settings = about["settings"]
     test = Split(settings["data"], "test", settings["classes"], settings["image_size"], args.device)
     if test.all_classes != about["all_classes"]:
-        raise ValueError(f"the test split has the classes {', '.join(test.all_classes)}, the "
-                         f"training split {', '.join(about['all_classes'])}: they must agree")
+        raise ValueError(f"only the test split has the classes {', '.join(test.all_classes)}")
     found = {"unknown": (test.unknown, test.unknown_names)} if len(test.unknown) else {}
     for name in args.ood:
         known = name in ("cifar10", "cifar100", "svhn", "dtd")
@@ -126,15 +116,13 @@ def gather_sets(args, about, trained):
             used = np.isin(image_hashes(x).numpy(), saved["settings"].get("extra_hashes", [])).sum()
             if used:
                 raise ValueError(f"{used} images of the OOD set {key!r} trained {name}: use others")
-    return {"in-distribution": (test.x, test.y, test.names), **{
-        key: (x, torch.full((len(x),), -1), names) for key, (x, names) in found.items()}}
+    outside = {key: (x, torch.full((len(x),), -1), names) for key, (x, names) in found.items()}
+    return {"in-distribution": (test.x, test.y, test.names), **outside}
 
 # --- Scores of each image, and what follows from them --------------------------------------------
-
 def score_set(detector, classifier, x, labels, title):
-    """All about uint8 images x (N, C, S, S) with labels (N,), -1 = OOD: label, prediction, each
-    method's scores under y = C(x) and, as "oracle ...", under the truth (a random label for OOD)
-    where that makes a difference: {column: (N,)} on the CPU."""
+    """uint8 images x (N, C, S, S), labels (N,), -1 = OOD -> {column: (N,)} on the CPU: label,
+    prediction, scores under y = C(x), "oracle ..." under the truth (a random label for OOD)."""
     labels, K = labels.cpu(), detector.generator.settings["num_classes"]
     random = torch.randint(K, labels.shape, generator=torch.Generator().manual_seed(0))
     oracle = torch.where(labels >= 0, labels, random)
@@ -152,8 +140,7 @@ def score_set(detector, classifier, x, labels, title):
     return {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
 
 def add_joint(scored, held, names):
-    """To each set of scores a column for each rule, over the scorers `names` without energy, and
-    "... with energy"; held: the held-out scores."""
+    """In each set a column for each rule over `names`, without and with energy, by `held`."""
     names = [name for name in names if name != "energy"]
     for title, own in (("", names), (" with energy", [*names, "EBO"])):
         calibration = fit_calibration({name: held[name] for name in own}, TPR) if own else None
@@ -165,14 +152,12 @@ def add_joint(scored, held, names):
 def tabulate(scored, methods, labeling):
     """{method: {set: metrics}}, with "mean" and "std over sets" (ddof 1) of several.
     In-distribution images inside an OOD set join the test images."""
-    inside, outside = LABELINGS[labeling]
-    test, table = scored["in-distribution"], {}
+    (inside, outside), table, sets = LABELINGS[labeling], {}, dict(scored)
+    test = sets.pop("in-distribution")
     get = lambda s, prefix, method: s.get(prefix + method, s[method])  # a label may change nothing
     for method in methods:
         rows = {}
-        for name, s in scored.items():
-            if name == "in-distribution":
-                continue
+        for name, s in sets.items():
             ood = s["label"] < 0
             known = torch.cat([test["label"], s["label"][~ood]])
             predicted = torch.cat([test["prediction"], s["prediction"][~ood]])
@@ -203,8 +188,8 @@ def format_table(table):
     return "\n".join(lines)
 
 def write_csv(path, scored, names, classes):
-    """One line an image: set, image, classes (label, prediction), every score. A leading "=" or the
-    like, which spreadsheets would run, gets a quote."""
+    """A line an image: set, image, label, prediction, scores; text that spreadsheets would run,
+    by a leading "=" or the like, gets a quote."""
     text = lambda value: "'" * (str(value)[:1] in ("=", "+", "-", "@")) + str(value)
     columns, temporary = list(scored["in-distribution"]), Path(f"{path}.tmp")
     with open(temporary, "w", newline="", errors="surrogateescape") as file:
@@ -231,7 +216,6 @@ def provenance():
                 threads=torch.get_num_threads())
 
 # --- Pictures ------------------------------------------------------------------------------------
-
 def draw_panel(path, detector, classes, blocks):
     """Figures 5 to 8: ten uint8 images (N, C, S, S) of each block (title, images, y) under labels y
     (N,): input, masked image, synthesis; below them label, joint score and verdict."""
@@ -269,7 +253,6 @@ def draw_roc(path, scored, methods):
     fig.savefig(path, dpi=100)
 
 # --- The two things this script does -------------------------------------------------------------
-
 def judge_images(args):
     """--images: a line for each of the user's pictures, and a panel of the most suspicious."""
     shipped = Path(__file__).resolve().parent / "results" / "digits"
@@ -280,13 +263,12 @@ def judge_images(args):
     out.mkdir(parents=True, exist_ok=True)
     path = Path(args.run, "detector.pt")
     if not path.exists():
-        raise OSError(f"{path} does not exist: run evaluate.py --run {args.run} first")
+        raise OSError(f"{path} does not exist: run evaluate.py first")
     classifier, classifier_id, _ = load_classifier(args.run, args.classifier, args.device)
     detector = MoodCat.load(path, args.device, classifier)
     about = (detector.calibration or {}).get("about")
     if not about or about["classifier"] != classifier_id:
-        raise ValueError(f"{path} was calibrated for another classifier: name it with --classifier,"
-                         f" or run evaluate.py --run {args.run} again")
+        raise ValueError(f"{path} was calibrated for another classifier: see --classifier")
     for line in about["warnings"]:
         print(f"warning: {line}")
     want, files = detector.generator.settings, image_files(args.images)
@@ -297,12 +279,11 @@ def judge_images(args):
     ood = detector.rejects(scores)
     print("\t".join(["image", "prediction", *scores, "verdict"]))
     for i, file in enumerate(files):
-        numbers = [f"{s[i]:.4f}" for s in scores.values()]
-        verdict = "OOD" if ood[i] else "in-distribution"
-        print("\t".join([repr(file)[1:-1], about["classes"][y[i]], *numbers, verdict]))
-    order = scores[detector.rule].argsort()[:10]
-    block = "your images, the most suspicious", x[order], y[order]
-    draw_panel(out / "images.png", detector, about["classes"], [block])
+        words = repr(file)[1:-1], about["classes"][y[i]], *(f"{s[i]:.4f}" for s in scores.values())
+        print("\t".join([*words, "OOD" if ood[i] else "in-distribution"]))
+    some = scores[detector.rule].argsort()[:10]
+    blocks = [("your images, the most suspicious", x[some], y[some])]
+    draw_panel(out / "images.png", detector, about["classes"], blocks)
     print(f"{int(ood.sum())} of {len(files)} rejected; {out / 'images.png'}")
 
 def evaluate(args):
@@ -381,10 +362,8 @@ def main(argv=None):
     """Read the command line."""
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--ood", nargs="+", default=[], metavar="SET",
-        help="cifar10, cifar100, svhn, dtd or folders of images")
-    add("--scorers", nargs="+", metavar="NAME",
-        help=f"{' '.join(SCORERS)} [digits: cb ssim energy, else cb lpips dists energy]")
+    add("--ood", nargs="+", default=[], metavar="SET", help="cifar10, cifar100, svhn, dtd, folders")
+    add("--scorers", nargs="+", metavar="NAME", help=f"of {' '.join(SCORERS)} {DEFAULT_SCORERS}")
     add("--masks", type=int, default=1, help="average each score over so many masks [%(default)s]")
     add("--classifier", metavar="FILE", help="the program in place of RUN/classifier.pt")
     add("--out", metavar="FOLDER", help="for the results [RUN]")

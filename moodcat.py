@@ -33,13 +33,10 @@ import torch.nn.functional as F
 from torch.nn.utils import parametrizations, parametrize
 
 # --- Masking (section 3.3, Table 5) --------------------------------------------------------------
-
 def random_mask(x, ratio=(0.1, 0.3), generator=None, u=None):
-    """Remove a random rectangle of each image (section 3.3).
-    x (B, C, H, W); ratio: share of the area, a range or one number; generator: a CPU
-    torch.Generator; u (B, 3): its numbers, if given. Returns x_m (B, C, H, W), 0 where removed;
-    mask (B, 1, H, W), True = removed. Raises ValueError.
-    """
+    """Remove a random rectangle of each image x (B, C, H, W) (section 3.3). ratio: share of the
+    area, a range or one number; generator: a CPU torch.Generator; u (B, 3): its numbers, if given.
+    Returns x_m (B, C, H, W), 0 where removed; mask (B, 1, H, W), True = removed; or ValueError."""
     low, high = ratio if isinstance(ratio, (tuple, list)) else (ratio, ratio)
     if not 0 <= low <= high <= 1:
         raise ValueError(f"mask ratio {ratio} must lie in [0, 1], the smaller number first")
@@ -65,7 +62,6 @@ def _rectangles(H, W, low, high):
 class ImageMask:
     """The detector's mask f(x, i) -> (x_m, M): the i-th random_mask of an image, which depends on
     its pixels and the seed alone, so that its score does not depend on batch, order or process."""
-
     def __init__(self, ratio=(0.1, 0.3), seed=0):
         self.settings = dict(ratio=ratio, seed=seed)
 
@@ -76,11 +72,9 @@ class ImageMask:
         return random_mask(x, self.settings["ratio"], u=torch.stack(u))
 
 # --- Encoder (section 3.4, appendix A.2) ---------------------------------------------------------
-
 class Encoder(nn.Module):
     """E: x_m (B, channels, S, S) -> mu, logvar (B, z_dim), the Gaussian of z; the paper's Sigma is
     exp(logvar / 2). Both heads are trained; the authors' code left them at their start."""
-
     def __init__(self, ch=32, image_size=32, channels=3, z_dim=128):
         super().__init__()
         conv = lambda cin, cout, *how: nn.Conv2d(cin, cout, *how, bias=False)
@@ -100,16 +94,13 @@ def kl_divergence(mu, logvar):
     return 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum(1)
 
 # --- Decoder (section 3.4: BigGAN blocks with class-conditional batch norm) ----------------------
-
 def _sn(layer):
     """BigGAN's recipe for every learned layer: orthogonal start, spectral norm."""
     nn.init.orthogonal_(layer.weight)
     return parametrizations.spectral_norm(layer)
 
 class ConditionalBatchNorm(nn.Module):
-    """Batch norm whose gain and bias are linear in the class embedding (section 3.4, [5]):
-    x (B, channels, H, W), e (B, embed_dim) -> (1 + gain(e)) * norm(x) + bias(e)."""
-
+    """x (B, C, H, W), class embedding e (B, E) -> (1 + gain(e)) * norm(x) + bias(e), [5]."""
     def __init__(self, channels, embed_dim):
         super().__init__()
         self.norm = nn.BatchNorm2d(channels, affine=False)
@@ -123,7 +114,6 @@ class ConditionalBatchNorm(nn.Module):
 class UpBlock(nn.Module):
     """Residual block that doubles the side: (B, cin, S, S) -> (B, cout, 2S, 2S). With embed_dim,
     class-conditional batch norm before each activation (decoder); without, none (D^Unet)."""
-
     def __init__(self, cin, cout, embed_dim=None):
         super().__init__()
         self.norm1 = ConditionalBatchNorm(cin, embed_dim) if embed_dim else None
@@ -142,7 +132,6 @@ class UpBlock(nn.Module):
 class Decoder(nn.Module):
     """D: z (B, z_dim), y (B,) -> x' (B, channels, S, S) in [-1, 1]. The label enters through the
     batch norms alone, so z gives the template and y the class (section 3.4)."""
-
     def __init__(self, num_classes, ch=32, image_size=32, channels=3, z_dim=128):
         super().__init__()
         self.side = image_size // 8
@@ -175,7 +164,6 @@ class Generator(nn.Module):
     """G = D(E(.), y), the whole synthesis (section 3.4): x_m (B, channels, S, S) in [-1, 1], y (B,)
     -> x' (B, channels, S, S), mu, logvar (B, z_dim). train() samples z; eval() takes mu, which is
     repeatable. conditional=False (Table 6): one embedding for all classes. Raises ValueError."""
-
     def __init__(self, num_classes, ch=32, image_size=32, channels=3, z_dim=128, conditional=True):
         super().__init__()
         self.settings = dict(_checked(num_classes=num_classes, ch=ch, image_size=image_size,
@@ -189,11 +177,8 @@ class Generator(nn.Module):
         return self.decoder(z, y if self.settings["conditional"] else y * 0), mu, logvar
 
 # --- Discriminator (section 3.4, appendix A; U-Net GAN = reference [40]) -------------------------
-
 class DownBlock(nn.Module):
-    """Residual block of D^Unet and C_b: (B, cin, S, S) -> (B, cout, S/2, S/2), or (B, cout, S, S)
-    with down=False. A net's first has no activation before it."""
-
+    """Block of D^Unet and C_b: (B, cin, S, S) -> (B, cout, S/2, S/2), S with down=False."""
     def __init__(self, cin, cout, first=False, down=True):
         super().__init__()
         self.first, self.down = first, down
@@ -210,7 +195,6 @@ class DownBlock(nn.Module):
 class Projection(nn.Module):
     """Conditional logit w . h + b + embed(y) . h (Miyato and Koyama [30]): h (B, width) or
     (B, width, H, W), y (B,) -> (B,) or (B, H, W)."""
-
     def __init__(self, width, num_classes):
         super().__init__()
         self.linear = _sn(nn.Linear(width, 1))
@@ -224,7 +208,6 @@ class UNetDiscriminator(nn.Module):
     """D^Unet: is an image of class y real, as a whole and pixel by pixel (appendix A.1)? x (B,
     channels, S, S), y (B,) -> logit (B,), pixel_logits (B, 1, S, S), positive for real. Both heads
     see y: Eq. 5 writes D_dec(x', y), Eq. 6 D_dec(x'); the authors' code conditions both."""
-
     def __init__(self, num_classes, ch=32, channels=3):
         super().__init__()
         self.down1 = DownBlock(channels, ch, first=True)
@@ -246,7 +229,6 @@ class UNetDiscriminator(nn.Module):
         return logit, self.pixel_head(F.relu(u), y)[:, None]                  # (B, 1, S, S)
 
 # --- Losses (Eq. 2 to 6). -log sigmoid(l) is softplus(-l); -log(1 - sigmoid(l)) is softplus(l). --
-
 def discriminator_loss(real_logit, real_pixels, fake_logit, fake_pixels):
     """Eq. 3 = Eq. 4 (image) + Eq. 5 (pixels): logits (B,), pixel logits (B, 1, H, W) -> scalar. Eq.
     5 sums over pixels; the mean, as in the authors' code, keeps both terms alike at any size."""
@@ -279,12 +261,9 @@ def ssim(x, y):
     return value.mean((1, 2, 3))
 
 # --- Scorers (section 3.5): f(x, x', y) -> (B,), higher = in-distribution ------------------------
-
 class BinaryScorer(nn.Module):
-    """C_b (Figure 3): does x', made for y, show what x shows? x, x' (B, channels, S, S), y (B,) ->
-    (B,), higher = in-distribution (the authors: lower); BigGAN's small discriminator on the pair,
-    without the authors' self-attention."""
-
+    """C_b (Figure 3), BigGAN's small discriminator: does x', made for y, show what x shows? x, x'
+    (B, channels, S, S), y (B,) -> (B,), higher = in-distribution (the authors: lower)."""
     def __init__(self, num_classes, ch=32, channels=3):
         super().__init__()
         self.settings = _checked(num_classes=num_classes, ch=ch, channels=channels)
@@ -320,7 +299,6 @@ def _for_perception(x):
 class LPIPS(nn.Module):
     """Perceptual distance of Zhang et al. [53], by the lpips package; net "vgg" (that of Table 13),
     "alex" or "squeeze". x, x' (B, 1 or 3, H, W) in [-1, 1] -> (B,), 0 = equal. Raises OSError."""
-
     def __init__(self, net="vgg"):
         super().__init__()
         import lpips  # takes a second; detectors without it start faster
@@ -333,7 +311,6 @@ class DISTS(nn.Module):
     """Structure and texture distance of Ding et al. [8], on torchvision's VGG16: x, x' (B, 1 or 3,
     H, W) in [-1, 1] -> (B,), 0 = equal. In the image and five stages, channel means compare texture
     (S1) and covariances structure (S2), mixed by learned weights alpha, beta. Raises OSError."""
-
     def __init__(self):
         super().__init__()
         from torchvision.models import vgg16
@@ -393,7 +370,6 @@ SCORERS = {"cb": lambda settings, classifier: BinaryScorer(**settings),
            "energy": _energy}
 
 # --- From scores to one verdict (section 3.5): conformal p-values, joined ------------------------
-
 # any scorer that flags rejects, as in the paper; and the sum of log p (Fisher's method)
 RULES = {"min-p": lambda log_p: log_p.min(0).values, "fisher": lambda log_p: log_p.sum(0)}
 
@@ -430,12 +406,10 @@ def fit_calibration(scores, tpr=0.95):
     k = math.ceil(tpr * (n + 1) - 1e-9)
     if not 0 < tpr < 1 or k > n:
         raise ValueError(f"{n} held-out images (half of them) cannot fix a TPR of {tpr}: give more")
-    threshold = {rule: s.sort(descending=True).values[k - 1].item()
-                 for rule, s in join(odd, even).items()}
+    threshold = {rule: s.topk(k).values[-1].item() for rule, s in join(odd, even).items()}
     return dict(held_out=even, threshold=threshold, tpr=tpr)
 
 # --- Detector (Figure 2) -------------------------------------------------------------------------
-
 def fold(net):
     """net, in place, for inference: eval(), no gradients, spectral norms folded into weights."""
     net.eval().requires_grad_(False).to(memory_format=torch.channels_last)
@@ -446,11 +420,9 @@ def fold(net):
 
 class MoodCat:
     """The detector, for any classifier: x is rejected when its synthesis under y = C(x) differs.
-
-    generator: a trained Generator; scorers: {name: f}, f(x, x', y) -> (B,), higher =
-    in-distribution; mask: f(x, i) -> (x_m, M); a score is the mean over i = 0 to masks - 1 (the
-    paper: 1); rule: the one of RULES for is_ood(). Nets are folded. Raises ValueError."""
-
+    scorers: {name: f}, f(x, x', y) -> (B,), higher = in-distribution; mask: f(x, i) -> (x_m, M); a
+    score is the mean over i = 0 to masks - 1 (the paper: 1); rule: the one of RULES for is_ood().
+    Nets, the trained generator among them, are folded. Raises ValueError."""
     def __init__(self, generator, scorers, mask=None, masks=1, rule="fisher"):
         if not scorers or rule not in RULES or masks < 1:
             raise ValueError(f"a detector needs a scorer, a mask, a rule of {', '.join(RULES)}")
@@ -511,12 +483,11 @@ class MoodCat:
         if x.ndim != 4 or x.shape[1:] != (C, S, S) or not len(x):
             raise ValueError(f"images are {tuple(x.shape)}, the detector takes (B, {C}, {S}, {S})")
         x, y = x.to(self.device, torch.float32), torch.as_tensor(y).to(self.device)
-        if not bool(((x >= -1.001) & (x <= 1.001)).all()):  # False for NaN, too
+        if not ((x >= -1.001) & (x <= 1.001)).all():  # False for NaN, too
             raise ValueError("images must lie in [-1, 1] and be finite")
-        if y.shape != x.shape[:1] or y.is_floating_point() or y.dtype == torch.bool:
-            raise ValueError(f"labels must be integers of shape ({len(x)},), one an image")
-        if bool(((y < 0) | (y >= K)).any()):
-            raise ValueError(f"labels must lie in 0 to {K - 1}")
+        whole = not y.is_floating_point() and y.dtype != torch.bool
+        if y.shape != x.shape[:1] or not whole or ((y < 0) | (y >= K)).any():
+            raise ValueError(f"labels must be integers, 0 to {K - 1}, of shape ({len(x)},)")
         return x.clamp(-1, 1), y.long()
 
     def save(self, path):
@@ -533,8 +504,7 @@ class MoodCat:
 
     @classmethod
     def load(cls, path, device="cpu", classifier=None, mask=None):
-        """What save() wrote; classifier, images (B, C, S, S) to logits (B, K), is for the scorer
-        energy; mask as for MoodCat. Raises OSError or ValueError."""
+        """What save() wrote; classifier: f(x) -> logits, for energy. Raises OSError, ValueError."""
         saved = load_checkpoint(path, "detector", device)
         try:
             settings = {name: net["settings"] for name, net in saved["nets"].items()}
@@ -550,7 +520,6 @@ class MoodCat:
         return detector
 
 # --- Checkpoints: one dictionary, never half-written, never executed on loading, damage noticed --
-
 FORMAT = "moodcat 2"
 WRITTEN_BY = dict(generator="train_gen.py", classifier="train_scorer.py", scorer="train_scorer.py",
                   scorer_extra="train_scorer.py --extra FOLDER", detector="evaluate.py")

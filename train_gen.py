@@ -44,7 +44,6 @@ LOG_EVERY = 10           # steps
 WORLD, RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))  # of torchrun
 
 # --- Data: each split is one uint8 tensor (N, C, S, S); the held-out part trains nothing ---------
-
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 MIN_HELD_OUT = 40         # half of them fix a threshold for 95%
 DOWNLOADS = Path("data")  # where torchvision puts CIFAR, SVHN, DTD
@@ -124,9 +123,9 @@ def read_images(images, channels, size=None):
     with ThreadPoolExecutor() as pool:
         for i in range(0, len(x), 1024):  # so that a long list is not all in flight
             list(pool.map(read, range(i, min(i + 1024, len(x)))))
-    for i in sorted(bad)[:1]:
-        what = f"{len(bad)} of {len(x)} images cannot be read"
-        raise OSError(f"{what}, the first is {images[i]!r} ({bad[i]})")
+    if bad:
+        first = f"the first is {images[min(bad)]!r} ({bad[min(bad)]})"
+        raise OSError(f"{len(bad)} of {len(x)} images cannot be read, {first}")
     return torch.from_numpy(x)
 
 def image_hashes(x):
@@ -144,16 +143,13 @@ def held_out(hashes, y):
     return held
 
 class Split:
-    """A split: images x uint8 (N, C, S, S), labels y (N,) in [0, K), `held` (N,), True = held out;
-    `unknown` (M, C, S, S), images of the other classes; `classes`, K of `all_classes`; names of
-    images; `fingerprint`. Raises OSError, ValueError."""
-
+    """A split: images x uint8 (N, C, S, S), labels y (N,), `held` (N,), True = held out; `unknown`
+    (M, C, S, S), images of other classes than `classes`; `names`. Raises OSError, ValueError."""
     def __init__(self, data, split, known=None, size=None, device="cpu"):
         images, y, self.all_classes = find_images(data, split)
         known = known or self.all_classes[:6 if data == "digits" else None]
-        for name in known:
-            if name not in self.all_classes:
-                raise ValueError(f"no class {name!r}: there are {', '.join(self.all_classes)}")
+        for name in sorted(set(known) - set(self.all_classes)):
+            raise ValueError(f"no class {name!r}: there are {', '.join(self.all_classes)}")
         self.classes = [name for name in self.all_classes if name in known]
         if len(self.classes) < 2:
             raise ValueError(f"{len(self.classes)} known class(es): two are the least")
@@ -175,10 +171,8 @@ def to_float(x):
     return x.float() / 127.5 - 1
 
 # --- Command line --------------------------------------------------------------------------------
-
 class Parser(argparse.ArgumentParser):
     """The flags of all scripts and, with steps, of the trainings; a wrong one ends in one line."""
-
     def __init__(self, doc, steps=None):
         super().__init__(description=doc, allow_abbrev=False,
                          formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -230,7 +224,6 @@ def run_script(main):
             dist.destroy_process_group()
 
 # --- The loop around a training step, for one process or several ---------------------------------
-
 def draw(batch_size, x, y):
     """This process's share of a random batch of uint8 images x (N, C, S, S), y (N,), as floats."""
     rows = torch.randint(len(x), (batch_size // WORLD,)).to(x.device)
@@ -294,11 +287,10 @@ def training(args, name, settings, parts, steps):
                 numbers = [*values.values(), *(p for net in nets for p in net.parameters())]
                 if not all(torch.as_tensor(v).isfinite().all() for v in numbers):
                     raise ValueError(f"not finite at step {step + 1}: lower the learning rate")
-                content = dict(kind=name, step=step + 1, steps=steps, settings=settings,
-                               lines=lines, log=values)
-                content.update({k: part.state_dict() for k, part in parts.items()})
+                states = {k: part.state_dict() for k, part in parts.items()}
                 if RANK == 0:
-                    save_checkpoint(path, content)
+                    save_checkpoint(path, dict(states, kind=name, step=step + 1, steps=steps,
+                                               settings=settings, lines=lines, log=values))
                 saved_at = time.time()
             if stopped and not last:
                 sys.exit(f"stopped at step {step + 1}; {path} is kept: repeat with --resume")
@@ -310,7 +302,6 @@ def training(args, name, settings, parts, steps):
         bar.close()
 
 # --- Training (Algorithm 1) ----------------------------------------------------------------------
-
 def train_step(G, D, opt_g, opt_d, x, x_m, y, kl_weight, bf16=False):
     """Algorithm 1's iteration: images x, masked x_m (B, C, S, S), y (B,) -> {name: loss}."""
     def run(net, *inputs):  # float32 comes out, for the losses
@@ -326,7 +317,6 @@ def train_step(G, D, opt_g, opt_d, x, x_m, y, kl_weight, bf16=False):
     opt_g.zero_grad()
     (loss_g + kl_weight * kl).backward()
     opt_g.step()
-
     # update D^Unet on the same syntheses (Eq. 3)
     D.requires_grad_(True)
     logit, pixels = run(D, torch.cat([x, x_fake.detach()]), torch.cat([y, y]))

@@ -6,9 +6,8 @@
     python train_scorer.py --run runs/cifar10 --extra FOLDER     # then a second C_b: unlabeled data
 
 --classifier takes a TorchScript or torch.export program, (B, C, S, S) in [-1, 1] to logits (B, K)
-in the order of the classes, for any batch size B. Such a file can run code: use only one you trust.
-It is not copied into RUN: name it to evaluate.py, too. Writes RUN/classifier.pt and RUN/scorer.pt
-(--extra: RUN/scorer_extra.pt alone), each with its log beside it.
+in the order of the classes, for any B; evaluate.py takes it, too. It can run code: use only one you
+trust. Writes RUN/classifier.pt and RUN/scorer.pt or scorer_extra.pt, each with its log beside it.
 """
 
 import hashlib
@@ -18,9 +17,9 @@ import zipfile
 from pathlib import Path
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from sklearn.metrics import roc_auc_score
+from torch import nn
 
 from moodcat import BinaryScorer, Generator, fold, hinge_loss, load_checkpoint, random_mask
 from train_gen import (BETAS, LOG_EVERY, Parser, Split, draw, image_files, image_hashes, parallel,
@@ -36,7 +35,6 @@ SMOOTHING = 0.1   # of the classifier's labels; its rate goes up and down once (
 VALIDATIONS = 5   # in a training of C_b
 
 # --- The classifier under protection -------------------------------------------------------------
-
 def make_classifier(net, widths, num_classes, channels):
     """(B, channels, S, S) in [-1, 1] -> logits (B, num_classes): torchvision's ResNet-18 with the
     usual stem for 32 px (3x3, stride 1, no pooling), or a stem and two layers for each width."""
@@ -99,25 +97,20 @@ def load_program(path, device):
                 return move_to_device_pass(torch.export.load(io.BytesIO(blob)), device).module()
     except Exception as error:  # each loader fails in its own ways
         raise ValueError(f"{path} cannot be loaded: {str(error).splitlines()[0]}") from error
-    raise ValueError(f"{path} is no program, perhaps weights: export the model, for example with "
-                     "torch.jit.trace(model.eval(), example).save(FILE)")
+    raise ValueError(f"{path} is no program: try torch.jit.trace(model.eval(), example).save(FILE)")
 
 def load_classifier(run, program, device):
     """RUN/classifier.pt, or the program of that name -> callable, images (B, C, S, S) in [-1, 1] to
     logits (B, K); its fingerprint; its class names or None. Raises OSError or ValueError."""
     if program:
         return load_program(program, device), fingerprint(Path(program).read_bytes()), None
-    path = Path(run, "classifier.pt")
-    if not path.exists():
-        raise OSError(f"{path} does not exist: run train_scorer.py, or use --classifier PROGRAM")
-    saved = load_checkpoint(path, "classifier", device)
+    saved = load_checkpoint(Path(run, "classifier.pt"), "classifier", device)
     settings, classes = saved["settings"], saved["settings"]["classes"]
     if saved["step"] < saved["steps"]:
-        raise ValueError(f"{path} is not trained to its end: run train_scorer.py --resume")
+        raise ValueError(f"{run}/classifier.pt is not trained to its end: train_scorer.py --resume")
     net = make_classifier(settings["net"], settings["widths"], len(classes), settings["channels"])
     net.load_state_dict(saved["classifier"])
-    net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-    return net, fingerprint(saved["classifier"]), classes
+    return fold(net.to(device)), fingerprint(saved["classifier"]), classes
 
 def fingerprint(content):
     """16 hexadecimal digits that tell one file's bytes, or one net's weights, from another's."""
@@ -138,12 +131,10 @@ def predict(classifier, x, num_classes, batch=256):
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, AssertionError, AttributeError, TypeError) as error:
-        raise ValueError(f"the classifier fails on a batch of {batch} images {tuple(x.shape[1:])}: "
-                         f"{error}") from error
+        raise ValueError(f"the classifier fails on a batch of {batch} images: {error}") from error
     return logits
 
 # --- C_b -----------------------------------------------------------------------------------------
-
 def mismatched(y, num_classes):
     """y (N,) -> y' (N,), uniform over the labels that are not y (Figure 3)."""
     return (y + torch.randint(1, num_classes, y.shape).to(y.device)) % num_classes
@@ -154,15 +145,14 @@ def validate(G, scorer, x, y, mask_ratio):
     images x (N, C, S, S), with the same masks and labels every time."""
     x, y = to_float(x[::len(x) // 1000 + 1]), y[::len(y) // 1000 + 1]
     x_m, _ = random_mask(x, mask_ratio, torch.Generator().manual_seed(0))
-    y_not = (y + 1) % G.settings["num_classes"]
-    scores = torch.stack([scorer(x, G(x_m, label)[0], label).cpu() for label in (y, y_not)])
-    right = torch.tensor([[True], [False]]).expand_as(scores)
+    pairs = (y, (y + 1) % G.settings["num_classes"])
+    scores = torch.cat([scorer(x, G(x_m, label)[0], label).cpu() for label in pairs])
+    right = torch.arange(len(scores)) < len(y)
     return dict(val_accuracy=((scores > 0) == right).double().mean().item(),
-                val_auroc=roc_auc_score(right.flatten(), scores.flatten()))
+                val_auroc=roc_auc_score(right, scores))
 
 def train_step(G, scorer, opt, x, x_m, y, right, bf16=False):
-    """One iteration of Figure 3: images x, masked images x_m (B, C, S, S), labels y (B,), right
-    (B,) bool: is y the right one? Returns the loss (Eq. 2)."""
+    """Figure 3's step: images x, masked x_m, labels y, right (B,) bool -> loss (Eq. 2)."""
     with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
         with torch.no_grad():  # G is frozen
             x_fake = G(x_m, y)[0].float()
@@ -174,9 +164,8 @@ def train_step(G, scorer, opt, x, x_m, y, right, bf16=False):
     return loss.detach()
 
 def train_scorer(args, name, settings, split, G, extra=None):
-    """Eq. 2: (x, G(x, y), y) against (x, G(x, y'), y') with mismatched labels y'. extra (section
-    3.6): unlabeled uint8 images (M, C, S, S) and their pseudo labels (M,), more of the second kind:
-    half of each batch. Writes RUN/<name>.pt, returns its checkpoint."""
+    """Eq. 2: (x, G(x, y), y) against (x, G(x, y'), y') with mismatched y', into RUN/<name>.pt.
+    extra (section 3.6): uint8 images (M, C, S, S), pseudo labels (M,): half of each batch as y'."""
     K, steps, ratio = len(settings["classes"]), settings["steps"], settings["mask_ratio"]
     torch.manual_seed(settings["seed"])
     scorer = BinaryScorer(K, settings["ch"], settings["channels"])
@@ -203,35 +192,28 @@ def train_scorer(args, name, settings, split, G, extra=None):
     return load_checkpoint(Path(args.run, f"{name}.pt"), name)
 
 def weaknesses(accuracy, num_classes, checkpoints):
-    """Why not to trust a detector, in lines: by the classifier's held-out accuracy and the
-    checkpoints {name: dict} of generator and scorers."""
+    """Why not to trust a detector: held-out accuracy, checkpoints {name: dict} -> lines."""
     lines = []
     if accuracy < (1 + 1 / num_classes) / 2:
-        lines.append(f"the classifier is right on {accuracy:.0%} of held-out images only: does it "
-                     "expect images in [-1, 1]?")
+        lines.append(f"the classifier is right on {accuracy:.0%} held out: does it take [-1, 1]?")
     for name, saved in checkpoints.items():
-        passes = saved["step"] * saved["settings"]["batch_size"] / saved["settings"]["n"]
-        if saved["step"] < saved["steps"] or passes < 1:
-            lines.append(f"{name} stopped at step {saved['step']} of {saved['steps']}, after "
-                         f"{passes:.2f} passes over its images")
-        if saved["log"].get("val_auroc", 1) < 0.6:
-            lines.append(f"{name} hardly tells right from mismatched labels: AUROC "
-                         f"{saved['log']['val_auroc']:.2f} on held-out images")
+        step, steps, auroc = saved["step"], saved["steps"], saved["log"].get("val_auroc", 1)
+        passes = step * saved["settings"]["batch_size"] / saved["settings"]["n"]
+        if step < steps or passes < 1:
+            lines.append(f"{name} stopped at step {step} of {steps}, after {passes:.2f} passes")
+        if auroc < 0.6:
+            lines.append(f"{name} hardly tells right from mismatched labels: AUROC {auroc:.2f}")
     return lines
 
 def load_run(args):
     """RUN/generator.pt -> G for inference, its checkpoint without weights, and its training split.
     --data may say where the data are now. Raises OSError or ValueError."""
-    path = Path(args.run, "generator.pt")
-    if not path.exists():
-        raise OSError(f"{path} does not exist: run train_gen.py --run {args.run} first")
-    saved = load_checkpoint(path, "generator", args.device)
+    saved = load_checkpoint(Path(args.run, "generator.pt"), "generator", args.device)
     settings = saved["settings"]
     settings["data"], size = args.data or settings["data"], settings["image_size"]
     split = Split(settings["data"], "train", settings["classes"], size, args.device)
     if split.fingerprint != settings["fingerprint"]:
-        raise ValueError(f"the training images in {settings['data']} are not those that {path} was "
-                         "trained on: restore them, or train again with another --run")
+        raise ValueError(f"the training images in {settings['data']} are others: restore them")
     G = Generator(len(split.classes), settings["ch"], size, settings["channels"],
                   conditional=settings["conditional"])
     G.load_state_dict(saved["generator"])
@@ -250,8 +232,8 @@ def main(argv=None):
     add("--extra", metavar="FOLDER", help="unlabeled images for a second C_b (section 3.6)")
     args = parser.parse_args(argv)
     G, about, split = load_run(args)
-    K, own = len(split.classes), PRESETS["digits" if split.x.shape[1] == 1 else "colour"]
-    own = {k: getattr(args, k, None) or v for k, v in own.items()}
+    K, preset = len(split.classes), PRESETS["digits" if split.x.shape[1] == 1 else "colour"]
+    own = {k: getattr(args, k, None) or v for k, v in preset.items()}
     steps, same = own.pop("steps"), ("classes", "channels", "image_size", "fingerprint", "n")
     settings = dict({k: about["settings"][k] for k in same}, seed=args.seed, bf16=args.bf16)
     if args.classifier or args.extra:
@@ -266,13 +248,12 @@ def main(argv=None):
     name, extra = "scorer", None
     if args.extra:
         x = read_images(image_files(args.extra), settings["channels"], settings["image_size"])
-        settings.update(extra=args.extra, extra_hashes=image_hashes(x).tolist())
         x = x.to(args.device)
+        settings.update(extra=args.extra, extra_hashes=image_hashes(x).tolist())
         name, extra = "scorer_extra", (x, predict(classifier, x, K).argmax(1))
         print(f"{len(x)} unlabeled images from {args.extra}")
     saved = train_scorer(args, name, settings, split, G, extra)
-    print(f"{args.run}/{name}.pt: right against mismatched labels on held-out images: accuracy "
-          "{val_accuracy:.3f}, AUROC {val_auroc:.3f}".format(**saved["log"]))
+    print("C_b: held-out accuracy {val_accuracy:.3f}, AUROC {val_auroc:.3f}".format(**saved["log"]))
     for line in weaknesses(accuracy, K, {"generator": about, name: saved}):
         print(f"warning: {line}")
 
