@@ -101,7 +101,8 @@ def gather_sets(args, about, trained):
     settings = about["settings"]
     test = Split(settings["data"], "test", settings["classes"], settings["image_size"], args.device)
     if test.all_classes != about["all_classes"]:
-        raise ValueError(f"only the test split has the classes {', '.join(test.all_classes)}")
+        raise ValueError(f"the test split has the classes {', '.join(test.all_classes)}, the "
+                         f"training split {', '.join(about['all_classes'])}: they must agree")
     found = {"unknown": (test.unknown, test.unknown_names)} if len(test.unknown) else {}
     for name in args.ood:
         known = name in ("cifar10", "cifar100", "svhn", "dtd")

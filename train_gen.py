@@ -247,7 +247,7 @@ def training(args, name, settings, parts, steps):
     try:
         fcntl.flock(file, fcntl.LOCK_NB | (fcntl.LOCK_SH if RANK else fcntl.LOCK_EX))
     except BlockingIOError as error:
-        raise ValueError(f"another training is at work on {path}") from error
+        raise ValueError(f"another training is at work on {path}: use another --run") from error
     if path.exists():
         saved = load_checkpoint(path, name, args.device)
         differ = ", ".join(k for k in settings if saved["settings"].get(k) != settings[k])
@@ -286,7 +286,8 @@ def training(args, name, settings, parts, steps):
             if stopped or last or time.time() - saved_at > SAVE_SECONDS:
                 numbers = [*values.values(), *(p for net in nets for p in net.parameters())]
                 if not all(torch.as_tensor(v).isfinite().all() for v in numbers):
-                    raise ValueError(f"not finite at step {step + 1}: lower the learning rate")
+                    raise ValueError(f"a loss or weight is not finite at step {step + 1}; {path} "
+                                     "is as it was: lower the learning rate in the script")
                 states = {k: part.state_dict() for k, part in parts.items()}
                 if RANK == 0:
                     save_checkpoint(path, dict(states, kind=name, step=step + 1, steps=steps,

@@ -213,7 +213,8 @@ def load_run(args):
     settings["data"], size = args.data or settings["data"], settings["image_size"]
     split = Split(settings["data"], "train", settings["classes"], size, args.device)
     if split.fingerprint != settings["fingerprint"]:
-        raise ValueError(f"the training images in {settings['data']} are others: restore them")
+        raise ValueError(f"the training images in {settings['data']} are not those that the run's "
+                         "generator was trained on: restore them, or train with another --run")
     G = Generator(len(split.classes), settings["ch"], size, settings["channels"],
                   conditional=settings["conditional"])
     G.load_state_dict(saved["generator"])
