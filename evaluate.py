@@ -81,7 +81,7 @@ def make_scorers(names, args, about, classifier):
     for name in names:
         if name not in SCORERS:
             raise ValueError(f"no scorer {name!r}: {', '.join(SCORERS)}")
-        if not name.startswith("cb"):
+        if name not in ("cb", "cb_extra"):
             scorers[name] = SCORERS[name](None, classifier)
             continue
         kind = name.replace("cb", "scorer")
@@ -139,6 +139,15 @@ def score_set(detector, classifier, x, labels, title):
             part.update({prefix + k: scores[k] for k in detector.scorers if k != "energy"})  # EBO
         parts.append({k: v.detach().cpu() for k, v in part.items()})
     return {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
+
+def calibrate(detector, held, about, trained, classifier_id):
+    """Fix the detector by the held-out images' score_set(), with warnings where it is weak."""
+    classes = about["settings"]["classes"]
+    accuracy = (held["label"] == held["prediction"]).double().mean().item()
+    weak = weaknesses(accuracy, len(classes), dict(generator=about, **trained))
+    detector.calibration = dict(
+        fit_calibration({k: held["EBO" if k == "energy" else k] for k in detector.scorers}, TPR),
+        about=dict(classifier=classifier_id, classes=classes, warnings=weak))
 
 def add_joint(scored, held, names):
     """In each set a column for each rule over `names`, without and with energy, by `held`."""
@@ -301,16 +310,11 @@ def evaluate(args):
     scorers, trained = make_scorers(names, args, about, classifier)
     sets = gather_sets(args, about, trained)
     detector = MoodCat(G, scorers, ImageMask(settings["mask_ratio"], args.seed), args.masks)
-
     # everything is fixed on held-out training images at y = C(x)
     held = score_set(detector, classifier, train.x[train.held], train.y[train.held], "held-out")
-    accuracy = (held["label"] == held["prediction"]).double().mean().item()
-    weak = weaknesses(accuracy, len(classes), dict(generator=about, **trained))
-    detector.calibration = dict(
-        fit_calibration({k: held["EBO" if k == "energy" else k] for k in scorers}, TPR),
-        about=dict(classifier=classifier_id, classes=classes, warnings=weak))
+    calibrate(detector, held, about, trained, classifier_id)
     detector.save(out / "detector.pt")
-    for line in weak:
+    for line in detector.calibration["about"]["warnings"]:
         print(f"warning: {line}")
     if len(sets) == 1:
         print(f"{out}/detector.pt is calibrated; for numbers, name OOD sets after --ood")

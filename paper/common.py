@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from evaluate import DEFAULT_SCORERS, TPR, add_joint, make_scorers, score_set
-from moodcat import ImageMask, MoodCat, fit_calibration
+from evaluate import DEFAULT_SCORERS, add_joint, calibrate, make_scorers, score_set
+from moodcat import ImageMask, MoodCat
 from train_gen import Parser
-from train_scorer import load_classifier, load_run, weaknesses
+from train_scorer import load_classifier, load_run
 
 class PlainParser(argparse.ArgumentParser):
     """For scripts that load no run; a wrong flag ends in one line, as in the core."""
@@ -45,11 +45,7 @@ class Run:
         detector = MoodCat(self.G, self.scorers, mask, masks or self.args.masks)
         x, y = self.train.x[self.train.held], self.train.y[self.train.held]
         held = score_set(detector, self.classifier, x, y, "held-out")
-        right = (held["label"] == held["prediction"]).double().mean().item()
-        weak = weaknesses(right, len(self.classes), dict(generator=self.about, **self.trained))
-        detector.calibration = dict(
-            fit_calibration({k: held["EBO" if k == "energy" else k] for k in self.names}, TPR),
-            about=dict(classifier=self.id, classes=self.classes, warnings=weak))
+        calibrate(detector, held, self.about, self.trained, self.id)
         return detector, held
 
     def score(self, detector, held, sets):
