@@ -3,7 +3,6 @@
     python -m related.mood                                       # digits, after the quickstart
     python -m related.mood --run runs/cifar10 --mirror --ood FOLDER [--backbone timm:NAME]
     python -m related.mood --dev 4 5                             # no test image: to choose settings
-    python -m related.mood --resume                              # go on after an interruption
 
 A ViT learns the visual tokens of masked patches (pt), then labels (ft). An image is OOD when its
 feature lies far, in Mahalanobis distance, from those of the training images. Rows: Table 4's stages
@@ -38,7 +37,6 @@ MASKED, LEAST = 75 / 196, 16 / 196  # share of the patches masked, and of a bloc
 ALPHA, TOKENIZER_IMAGES = 0.1, 1000  # label smoothing (Eq. 1); images whose patches k-means sees
 
 # --- Pretext task: predict the visual tokens of masked patches (section 3.1, BEiT) ---------------
-
 def blockwise_mask(side, count, least, rng):
     """BEiT's mask of a (side, side) grid of patches -> bool, True = masked, `count` at most. Blocks
     of at least `least` patches, while as many are left; an overlap counts once. rng: random.Random,
@@ -87,7 +85,6 @@ def smoothed_loss(logits, y, alpha=ALPHA):
     return F.cross_entropy(logits.float(), y, label_smoothing=alpha)
 
 # --- Networks ------------------------------------------------------------------------------------
-
 class ViT(nn.Module):
     """Vision transformer without class token and BEiT's relative positions, layer scale, drop path:
     x (B, C, S, S) in [-1, 1] -> logits (B, outputs) of f = LayerNorm(mean of patch tokens); given a
@@ -138,7 +135,6 @@ class TimmNet(nn.Module):
         return self.head(self.features(x))
 
 # --- Training ------------------------------------------------------------------------------------
-
 def layer_groups(net, rate, decay):
     """AdamW's groups with a rate for each layer, rate * decay**(L + 1 - l): l = 0 for patches and
     positions, 1 to L for the blocks, L + 1 for norm and head."""
@@ -202,7 +198,6 @@ def stages(args, settings, images, y):
             "pt+ft": finetune("pt_ft", net, TUNE_RATE, DECAY)}
 
 # --- Scores (section 3.4, Table 5) ---------------------------------------------------------------
-
 def normalise(features):
     """features (N, D) -> the same directions, of length 1 (N, D)."""
     return features / (features.norm(dim=1, keepdim=True) + 1e-10)
@@ -254,6 +249,15 @@ def score(stage, net, images, y, sets):
         scored[name].update(label=labels.cpu(), prediction=logits.argmax(1).cpu())
     return scored
 
+def rows_beside(run, n, fingerprint):
+    """Rows of RUN/results.json and shift.json, if they are about these sets."""
+    table = {}
+    for file in (Path(run, "results.json"), Path(run, "shift.json")):
+        found = json.loads(file.read_text()) if file.exists() else dict(n=None)
+        same = found["n"] == n and found["settings"]["fingerprint"] == fingerprint
+        table.update(found["predicted_labels"] if same else {})
+    return table
+
 def main(argv=None):
     """Settle settings and sets, train the stages, write and print the numbers."""
     parser = Parser(__doc__, steps="of pretraining [digits 1200, otherwise 2500]")
@@ -269,7 +273,7 @@ def main(argv=None):
     if len(classes) < 2 or not set(args.dev) <= set(split.classes):
         raise ValueError(f"--dev takes some of {', '.join(split.classes)} and must leave two")
     relabel = [classes.index(c) if c in classes else -1 for c in split.classes]
-    y, path = torch.tensor(relabel, device=args.device)[split.y], Path(args.run, "results.json")
+    y = torch.tensor(relabel, device=args.device)[split.y]
     pick = lambda rows: (split.x[rows], y[rows], None)
     known, sets = pick(~split.held & (y >= 0))[:2], {
         "in-distribution": pick(split.held & (y >= 0)), "unknown": pick(~split.held & (y < 0))}
@@ -277,24 +281,20 @@ def main(argv=None):
     args.run = str(Path(args.run, "-".join(["dev", *args.dev]) if args.dev else ""))
     if len(sets) < 2:
         raise ValueError("no image is OOD: name OOD sets after --ood")
-    preset = PRESETS["digits" if split.x.shape[1] == 1 else "colour"]
-    settings = dict({k: getattr(args, k, None) or v for k, v in preset.items()}, classes=classes,
+    preset = PRESETS["digits" if split.x.shape[1] == 1 else "colour"].items()
+    settings = dict({k: getattr(args, k, None) or v for k, v in preset}, classes=classes,
                     **{k: about["settings"][k] for k in ("image_size", "channels", "fingerprint")},
                     **{k: getattr(args, k) for k in ("seed", "bf16", "mirror", "backbone")})
     n = {name: len(x) for name, (x, _, _) in sets.items()}
-    found = json.loads(path.read_text()) if path.exists() else {}
-    same = found.get("n") == n and found["settings"].get("fingerprint") == split.fingerprint
-    if not same and not args.dev:
-        print(f"MOOD's rows alone: {path} does not have these sets, evaluate.py writes it")
-    table = found["predicted_labels"] if same else {}
+    own, beside = {}, {} if args.dev else rows_beside(args.run, n, split.fingerprint)
     for stage, net in stages(args, settings, *known).items():
         scored = score(stage, net, *known, sets)
         methods = [c for c in scored["in-distribution"] if c.startswith("MOOD")]
-        table.update(tabulate(scored, methods, "predicted_labels"))
+        own.update(tabulate(scored, methods, "predicted_labels"))
     results = dict(provenance(), command=" ".join(["python -m related.mood", *sys.argv[1:]]),
-                   settings=settings, n=n, predicted_labels=table)
+                   settings=settings, n=n, predicted_labels=own)
     Path(args.run, "mood.json").write_text(json.dumps(results, indent=1) + "\n")
-    print(f"\nPercent; {', '.join(f'{k} {v}' for k, v in n.items())} images\n{format_table(table)}")
+    print(f"\nPercent; images: {n}\n{format_table({**beside, **own})}")
 
 if __name__ == "__main__":
     run_script(main)

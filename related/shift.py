@@ -52,7 +52,6 @@ MODELS = ["CIDAS/clipseg-rd64-refined", "sd2-community/stable-diffusion-2-inpain
 SIDE, DIFFUSION_STEPS, GUIDANCE = 512, 50, 7.5
 
 # --- The frozen classifier, seen from inside -----------------------------------------------------
-
 def maps(classifier, x):
     """Images x (B, C, S, S) -> logits (B, K) and the maps (B, c, h, w) that leave its activations
     and stages, first to last, by hooks that go again. Raises ValueError when none has space."""
@@ -72,7 +71,6 @@ def feature(classifier, x):
     return maps(classifier, x)[1][-1].flatten(1).float()
 
 # --- Erase: (x, y) -> P; job is what main() gathers ----------------------------------------------
-
 def layer_cam(activations, gradients):
     """Layer-CAM [17], relu(sum over c of relu(G) A): 2 x (B, c, H, W) -> (B, H, W)."""
     return F.relu((F.relu(gradients) * activations).sum(1))
@@ -114,7 +112,6 @@ def holes(P, threshold, dilation):
     return F.max_pool2d(hole.float(), dilation, 1, dilation // 2) > 0, there
 
 # --- Fill: (x, hole, y) -> x~ --------------------------------------------------------------------
-
 def zero(job):
     """No filling (Table 4): no light, which is -1."""
     return lambda x, hole, y: x.masked_fill(hole, -1.0)
@@ -183,7 +180,6 @@ def make_fakes(job, settings, erase, fill, k):
     return store.fakes[store.there]
 
 # --- The rejection network (section 4.2) ---------------------------------------------------------
-
 class RejectionNetwork(nn.Module):
     """psi: features (B, D) -> logit (B,), positive = OOD as in the code, unlike the paper's."""
 
@@ -222,7 +218,6 @@ def train_psi(job, name, settings, fakes):
     return psi.eval()
 
 # --- Numbers -------------------------------------------------------------------------------------
-
 @torch.no_grad()
 def score(classifier, networks, x, labels, num_classes):
     """A set of uint8 images x (N, C, S, S) with labels (N,), -1 = OOD, for tabulate(): {column:
@@ -236,14 +231,15 @@ def score(classifier, networks, x, labels, num_classes):
     columns = {k: torch.cat([part[k].cpu() for part in parts]) for k in parts[0]}
     return dict(columns, label=labels.cpu())
 
-def moodcat_rows(path, table):
-    """Rows of results.json beside `table`'s, if MSP says that classifier and sets are the same."""
-    theirs = json.loads(path.read_text())["predicted_labels"] if path.exists() else {}
-    same = lambda rows: {name: round(row["auroc"], 4) for name, row in rows.items()}
-    if same(theirs.get("MSP", {})) == same(table["MSP"]):
-        return {name: rows for name, rows in theirs.items() if name not in table}
-    print(f"no rows of MoodCat: {path} is not about this classifier and these sets")
-    return {}
+def rows_beside(run, n, msp):
+    """Rows of RUN/results.json, if its MSP is that of the same classifier, and of mood.json."""
+    table, same = {}, lambda rows: {name: round(row["auroc"], 4) for name, row in rows.items()}
+    for file in (Path(run, "results.json"), Path(run, "mood.json")):
+        found = json.loads(file.read_text()) if file.exists() else {}
+        rows = found.get("predicted_labels", {})
+        if found.get("n") == n and same(rows.get("MSP", msp)) == same(msp):
+            table.update(rows)
+    return table
 
 def main(argv=None):
     """Make fakes, train the networks, write and print the numbers."""
@@ -280,21 +276,21 @@ def main(argv=None):
     for erase, fill in product(dict.fromkeys([*args.erase, "random"]), args.fill):
         fakes = [make_fakes(args, settings, erase, fill, k) for k in range(max(counts))]
         for K in counts:
-            own, name = dict(settings, steps=steps, bf16=args.bf16), f"psi_{erase}_{fill}_{K}"
             title = f"SHIFT {erase}+{fill}" + f" K={K}" * (len(counts) > 1)
-            networks[title] = train_psi(args, name, own, torch.cat(fakes[:K]))
+            networks[title] = train_psi(args, f"psi_{erase}_{fill}_{K}", dict(
+                settings, steps=steps, bf16=args.bf16), torch.cat(fakes[:K]))
     scored = {k: score(net, networks, *v[:2], len(classes)) for k, v in sets.items()}
-    table = tabulate(scored, ["MSP", "ODIN", "EBO"], "predicted_labels")
-    if not args.dev:
-        table.update(moodcat_rows(Path(args.run, "results.json"), table))
-    table.update(tabulate(scored, networks, "predicted_labels"))
+    own = tabulate(scored, ["MSP", "ODIN", "EBO", *networks], "predicted_labels")
+    n = {name: len(x) for name, (x, _, _) in sets.items()}
     results = dict(provenance(), command=" ".join(["python -m related.shift", *sys.argv[1:]]),
-                   settings=dict(about["settings"], shift=dict(own, fakes=counts)),
-                   n={name: len(x) for name, (x, _, _) in sets.items()}, predicted_labels=table)
+                   settings=dict(about["settings"],
+                                 shift=dict(settings, steps=steps, fakes=counts)),
+                   n=n, predicted_labels=own)
     path = Path(args.run, "shift_dev.json" if args.dev else "shift.json")
     path.with_suffix(".tmp").write_text(json.dumps(results, indent=1) + "\n")
     path.with_suffix(".tmp").replace(path)
-    print(f"\nPercent; images: {results['n']}\n{format_table(table)}")
+    beside = {} if args.dev else rows_beside(args.run, n, own["MSP"])
+    print(f"\nPercent; images: {n}\n{format_table({**beside, **own})}")
 
 if __name__ == "__main__":
     run_script(main)
