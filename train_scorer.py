@@ -5,9 +5,10 @@
     python train_scorer.py --run runs/mine --classifier mine.pt  # your classifier instead
     python train_scorer.py --run runs/cifar10 --extra FOLDER     # then a second C_b: unlabeled data
 
---classifier takes a TorchScript or torch.export program, (B, C, S, S) in [-1, 1] to logits (B, K)
-in the order of the classes, for any B; evaluate.py takes it, too. It can run code: use only one you
-trust. Writes RUN/classifier.pt and RUN/scorer.pt or scorer_extra.pt, each with its log beside it.
+--classifier takes another run's classifier.pt, or a TorchScript or torch.export program, images (B,
+C, S, S) in [-1, 1] to logits (B, K) in the order of the classes, for any B; evaluate.py takes it,
+too. A program can run code: use only one you trust. Writes RUN/classifier.pt and RUN/scorer.pt or
+scorer_extra.pt, each with its log beside it.
 """
 
 import hashlib
@@ -21,14 +22,14 @@ import torch.nn.functional as F
 from sklearn.metrics import roc_auc_score
 from torch import nn
 
-from moodcat import BinaryScorer, Generator, fold, hinge_loss, load_checkpoint, random_mask
+from moodcat import FORMAT, BinaryScorer, Generator, fold, hinge_loss, load_checkpoint, random_mask
 from train_gen import (BETAS, LOG_EVERY, Parser, Split, draw, image_files, image_hashes, parallel,
                        read_images, run_script, to_float, training)
 
 # Settings; net "conv" is a small convolutional net of these widths, "resnet18" the paper's
-PRESETS = {"digits": dict(steps=500, net="conv", widths=(8, 16, 32, 64), classifier_steps=300,
+PRESETS = {"digits": dict(steps=500, ch=8, net="conv", widths=(8, 16, 32, 64), classifier_steps=300,
                           classifier_batch=64, classifier_rate=0.1),
-           "colour": dict(steps=40_000, net="resnet18", widths=(24, 64, 256, 256),
+           "colour": dict(steps=40_000, ch=32, net="resnet18", widths=(24, 64, 256, 256),
                           classifier_steps=8_500, classifier_batch=512, classifier_rate=0.4)}
 LR = 1e-3         # C_b's, down to 0 along a line; the paper's is 5e-5; for minutes to hours
 SMOOTHING = 0.1   # of the classifier's labels; its rate goes up and down once (SGD)
@@ -99,12 +100,13 @@ def load_program(path, device):
         raise ValueError(f"{path} cannot be loaded: {str(error).splitlines()[0]}") from error
     raise ValueError(f"{path} is no program: try torch.jit.trace(model.eval(), example).save(FILE)")
 
-def load_classifier(run, program, device):
-    """RUN/classifier.pt, or the program of that name -> callable, images (B, C, S, S) in [-1, 1] to
+def load_classifier(run, file, device):
+    """RUN/classifier.pt, another run's or a program -> callable, images (B, C, S, S) in [-1, 1] to
     logits (B, K); its fingerprint; its class names or None. Raises OSError or ValueError."""
-    if program:
-        return load_program(program, device), fingerprint(Path(program).read_bytes()), None
-    saved = load_checkpoint(Path(run, "classifier.pt"), "classifier", device)
+    path = Path(file or Path(run, "classifier.pt"))
+    if file and FORMAT.encode() not in path.read_bytes():  # a checkpoint says so, uncompressed
+        return load_program(path, device), fingerprint(path.read_bytes()), None
+    saved = load_checkpoint(path, "classifier", device)
     settings, classes = saved["settings"], saved["settings"]["classes"]
     if saved["step"] < saved["steps"]:
         raise ValueError(f"{run}/classifier.pt is not trained to its end: train_scorer.py --resume")
@@ -177,11 +179,13 @@ def train_scorer(args, name, settings, split, G, extra=None):
         opt.param_groups[0]["lr"] = LR * (1 - step / steps)
         n_extra = settings["batch_size"] // 2 if extra else 0
         x, y = draw(settings["batch_size"] - n_extra, x_all, y_all)
+        x = augment(x, True) if settings["mirror"] else x  # before the mask, so that x' follows
         x_m, _ = random_mask(x, ratio)
         x, x_m, y = torch.cat([x, x]), torch.cat([x_m, x_m]), torch.cat([y, mismatched(y, K)])
         right = torch.arange(len(y), device=y.device) < len(y) // 2
         if extra:
             more, pseudo = draw(n_extra, *extra)
+            more = augment(more, True) if settings["mirror"] else more
             x, x_m = torch.cat([x, more]), torch.cat([x_m, random_mask(more, ratio)[0]])
             y, right = torch.cat([y, mismatched(pseudo, K)]), F.pad(right, (0, len(more)))
         log(loss=train_step(G, model, opt, x, x_m, y, right, settings["bf16"]))
@@ -226,26 +230,29 @@ def main(argv=None):
     """Settle the settings, then train the classifier, unless there is one, and C_b."""
     parser = Parser(__doc__, steps="of C_b [digits 500, otherwise 40000]")
     add = parser.add_argument
-    add("--classifier", metavar="FILE", help="your own, instead of training one")
+    add("--classifier", metavar="FILE", help="another run's, or a program, instead of training")
     add("--classifier-steps", type=int, help="[digits 300, otherwise 8500]")
+    add("--ch", type=int, help="C_b's channel multiplier [digits 8, otherwise 32]")
     add("--net", choices=["conv", "resnet18"], help="[digits conv, otherwise resnet18]")
-    add("--mirror", action="store_true", help="mirror the classifier's images: not for text, signs")
+    add("--mirror", action="store_true", help="mirror images, and shift C_b's: not for text, signs")
     add("--extra", metavar="FOLDER", help="unlabeled images for a second C_b (section 3.6)")
     args = parser.parse_args(argv)
     G, about, split = load_run(args)
     K, preset = len(split.classes), PRESETS["digits" if split.x.shape[1] == 1 else "colour"]
     own = {k: getattr(args, k, None) or v for k, v in preset.items()}
-    steps, same = own.pop("steps"), ("classes", "channels", "image_size", "fingerprint", "n")
-    settings = dict({k: about["settings"][k] for k in same}, seed=args.seed, bf16=args.bf16)
+    steps, ch = own.pop("steps"), own.pop("ch")
+    same = "classes", "channels", "image_size", "fingerprint", "n"
+    settings = dict({k: about["settings"][k] for k in same}, seed=args.seed, bf16=args.bf16,
+                    mirror=args.mirror)
     if args.classifier or args.extra:
         classifier, _, _ = load_classifier(args.run, args.classifier, args.device)
     else:
-        classifier = train_classifier(args, dict(settings, **own, mirror=args.mirror), split)
+        classifier = train_classifier(args, dict(settings, **own), split)
     logits = predict(classifier, split.x[split.held], K)
     accuracy = (logits.argmax(1) == split.y[split.held]).float().mean().item()
     print(f"classifier: held-out accuracy {accuracy:.4f}")
-    settings.update({k: about["settings"][k] for k in ("ch", "batch_size", "mask_ratio")},
-                    steps=steps, generator=about["id"])
+    settings.update({k: about["settings"][k] for k in ("batch_size", "mask_ratio")},
+                    ch=ch, steps=steps, generator=about["id"])
     name, extra = "scorer", None
     if args.extra:
         x = read_images(image_files(args.extra), settings["channels"], settings["image_size"])

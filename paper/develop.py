@@ -6,7 +6,8 @@
 The held-out images of a run stand against at most 2,000 training images of classes that it does not
 know. p-values come from the even held-out images, numbers from the odd ones: nothing is flattered.
 Digits: three splits of 0 to 5 with three seeds each; 6 to 9, the headline's OOD, stay unseen.
-Writes RUN/develop.json, which `python -m paper.compare RUN... --file develop.json` reads, too.
+Writes these and how x' follows x and y into RUN/develop.json, which `python -m paper.compare RUN...
+--file develop.json` reads, too.
 """
 
 import itertools
@@ -19,6 +20,7 @@ import torch
 import train_gen
 import train_scorer
 from evaluate import LABELINGS, add_joint, provenance, score_set, tabulate
+from moodcat import kl_divergence
 from paper import compare
 from paper.common import Run, methods_of, run_parser, write_json
 
@@ -35,6 +37,18 @@ def unknown_rows(settings, wanted):
         raise ValueError("no training image of an unknown class: train with fewer --known-classes")
     return torch.from_numpy(rows[::math.ceil(len(rows) / MOST)])
 
+@torch.no_grad()
+def synthesis(G, mask, x, y):
+    """How x' follows x and y, for uint8 images x (N, C, S, S), y (N,): nats that z carries, l1 to x
+    and l1 between x' under y and under the next label, both as pixel means on [-1, 1]."""
+    sums = torch.zeros(3, dtype=torch.float64)
+    for xs, ys in zip(train_gen.to_float(x).split(256), y.split(256)):
+        x_fake, mu, logvar = G(mask(xs)[0], ys)
+        other = G(mask(xs)[0], (ys + 1) % G.settings["num_classes"])[0]
+        l1s = [(x_fake - image).abs().mean((1, 2, 3)) for image in (xs, other)]
+        sums += torch.stack([kl_divergence(mu, logvar), *l1s]).sum(1).double().cpu()
+    return dict(zip(("nats", "l1", "change"), (sums / len(x)).tolist()))
+
 def develop(args, wanted):
     """Score one run, write its develop.json."""
     run = Run(args)
@@ -43,9 +57,14 @@ def develop(args, wanted):
     unknown = score_set(detector, run.classifier, x, torch.full((len(x),), -1), "unknown")
     scored = {"in-distribution": {c: s[1::2] for c, s in held.items()}, "unknown": unknown}
     add_joint(scored, held, run.names)  # fits on the even half of `held`
+    x, y = run.train.x[run.train.held], run.train.y[run.train.held]
+    follows = synthesis(run.G, detector.mask, x, y)
+    print(f"{args.run}: z carries {follows['nats']:.1f} nats, l1 to x {follows['l1']:.3f}, "
+          f"change with y {follows['change']:.3f}")
     write_json(Path(args.run, "develop.json"), dict(
         provenance(), split="development", settings=run.settings, scorers=run.names,
-        masks=args.masks, n={name: len(s["label"]) for name, s in scored.items()},
+        masks=args.masks, synthesis=dict(generator={"held-out": follows}),
+        n={name: len(s["label"]) for name, s in scored.items()},
         **{labels: tabulate(scored, methods_of(scored), labels) for labels in LABELINGS}))
 
 def main(argv=None):

@@ -1,6 +1,7 @@
-"""Make results/digits, the small detector that comes with the code, from a run of the digits.
+"""Make the small detectors that come with the code, results/digits and results/cifar10.
 
     python -m paper.ship --run runs/digits --out results/digits
+    python -m paper.ship --run runs/cifar10 --out results/cifar10 --ood FOLDER --scorers cb energy
     python -m paper.ship --pictures runs/67 --split train --classes 6 7     # digits as PNG files
 
 All weights are rounded to float16 first; the detector is calibrated and measured then.
@@ -8,9 +9,11 @@ All weights are rounded to float16 first; the detector is calibrated and measure
 
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 
-from evaluate import gather_sets, report
+from evaluate import draw_panel, gather_sets, report
 from moodcat import load_checkpoint, save_checkpoint
 from paper.common import Run, run_parser
 from train_gen import find_images, run_script
@@ -23,16 +26,16 @@ def halved(weights):
         raise ValueError("a weight is too large for half precision (65504)")
     return rounded
 
-def write_pictures(folder, split, rows, prefix):
-    """These rows of the digits' split -> FOLDER/<prefix>-<digit>-<row>.png, 8 x 8 pixels."""
-    images, y, _ = find_images("digits", split)
+def write_pictures(folder, images, names):
+    """uint8 images (N, C, S, S) -> FOLDER/<name>.png."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    for i in rows:
-        images[i].save(Path(folder, f"{prefix}-{y[i]}-{i}.png"))
+    for image, name in zip(images, names):
+        Image.fromarray(image.permute(1, 2, 0).squeeze(2).cpu().numpy()).save(
+            Path(folder, f"{name}.png"))
 
 def ship(args):
-    """Write classifier.pt, detector.pt, results.json and examples/ into args.out. Raises OSError or
-    ValueError."""
+    """Write classifier.pt, detector.pt, results.json, panel.png and examples/ into args.out. Raises
+    OSError or ValueError."""
     out, run = Path(args.out), Run(args)
     saved = load_checkpoint(Path(args.run, "classifier.pt"), "classifier")
     saved.update(classifier=halved(saved["classifier"]), opt=None, lines=[])
@@ -48,13 +51,17 @@ def ship(args):
     for net in saved["nets"].values():
         net["weights"] = halved(net["weights"])
     save_checkpoint(out / "detector.pt", saved)
-    scored = run.score(detector, held, gather_sets(args, run.about, run.trained))
+    sets = gather_sets(args, run.about, run.trained)
+    scored = run.score(detector, held, sets)
     report(args, out, detector, run.about, run.trained, scored, len(held["label"]))
-    y = find_images("digits", "test")[1].tolist()
-    rows = sorted(range(len(y)), key=lambda i: (y[:i].count(y[i]), y[i]))  # first of each class ...
-    known = [str(label) in run.classes for label in y]
-    write_pictures(out / "examples", "test", [i for i in rows if known[i]][:8], "known")
-    write_pictures(out / "examples", "test", [i for i in rows if not known[i]][:4], "unknown")
+    blocks = []
+    for name, (x, y, _) in sets.items():
+        rows = torch.linspace(0, len(x) - 1, 10).long()  # folders come class by class
+        blocks.append((name, x[rows], scored[name]["prediction"][rows]))
+        known = name == "in-distribution"
+        titles = [f"{run.classes[y[i]] if known else 'unknown'}-{i}" for i in rows]
+        write_pictures(out / "examples", x[rows], titles[:8 if known else 4])
+    draw_panel(out / "panel.png", detector, run.classes, blocks)
     print(f"{out}: {sum(path.stat().st_size for path in out.glob('*.pt'))} bytes of weights")
 
 def main(argv=None):
@@ -62,14 +69,16 @@ def main(argv=None):
     parser = run_parser(__doc__)
     add = parser.add_argument
     add("--out", metavar="FOLDER", help="for the small detector")
+    add("--ood", nargs="+", default=[], metavar="SET", help="as evaluate.py's")
     add("--pictures", metavar="FOLDER", help="only write digits of --split and --classes there")
     add("--split", choices=["train", "test"], default="test", help="[%(default)s]")
     add("--classes", nargs="+", default=list("0123456789"), metavar="CLASS", help="[all]")
     args = parser.parse_args(argv)
     if args.pictures:
-        y = find_images("digits", args.split)[1]
+        images, y, _ = find_images("digits", args.split)
         rows = [i for i, label in enumerate(y) if str(label) in args.classes]
-        return write_pictures(args.pictures, args.split, rows, args.split)
+        x = [torch.from_numpy(np.array(images[i]))[None] for i in rows]
+        return write_pictures(args.pictures, x, [f"{args.split}-{y[i]}-{i}" for i in rows])
     if args.classifier or not args.out or Path(args.out).resolve() == Path(args.run).resolve():
         parser.error("--out needs a folder of its own; the run's own classifier is shipped")
     ship(args)

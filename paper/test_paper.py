@@ -16,7 +16,7 @@ import train_gen
 import train_scorer
 from evaluate import add_joint, ood_metrics
 from moodcat import MoodCat, load_checkpoint
-from paper import ablate, bench, common, compare, develop, figures, scood, ship, tables
+from paper import (ablate, bench, common, compare, develop, figures, limits, scood, ship, tables)
 from train_scorer import load_classifier, predict
 
 ROOT = Path(__file__).parents[1]
@@ -323,20 +323,38 @@ def test_the_shipped_detector_judges_as_measured(runs, tmp_path, capsys):
     rejected = detector.is_ood(train_gen.to_float(test.x), y)
     assert rejected.double().mean().item() == results(out)["flagged"]["in-distribution"]
     pictures = sorted((out / "examples").iterdir())
-    assert len(pictures) == 12 and sum(p.name.startswith("known") for p in pictures) == 8
-    assert all(Image.open(p).size == (8, 8) for p in pictures)
+    assert len(pictures) == 12 and sum(p.name.startswith("unknown") for p in pictures) == 4
+    assert all(Image.open(p).size == (16, 16) for p in pictures) and (out / "panel.png").exists()
     capsys.readouterr()
     evaluate.main(["--run", str(out), "--images", str(out / "examples")])
     verdicts = {Path(line.split("\t")[0]).stem: line.split("\t")[-1]
                 for line in capsys.readouterr().out.splitlines() if ".png\t" in line}
     assert len(verdicts) == 12
-    row = {int(name): i for i, name in enumerate(test.names)}
     for name, verdict in verdicts.items():
-        if name.startswith("known"):
-            ood = rejected[row[int(name.split("-")[2])]]
+        if not name.startswith("unknown"):
+            ood = rejected[int(name.split("-")[1])]
             assert verdict == ("OOD" if ood else "in-distribution")
     with pytest.raises(ValueError, match="folder of its own"):
         ship.main(["--run", str(runs / "a-0")])
+
+def test_stand_ins_show_what_they_say_and_a_verifier_scores_labels(runs, tmp_path):
+    run = shutil.copytree(runs / "a-0", tmp_path / "run")
+    G, about, train = train_scorer.load_run(common.run_parser("").parse_args(["--run", str(run)]))
+    made = limits.stand_ins(G, train, about["settings"])
+    x, y = train_gen.to_float(train.x[:8]), train.y[:8]
+    zeros = made["class mean"][0](x, y)[0][y == 0]
+    own = train_gen.to_float(train.x[~train.held & (train.y == 0)]).mean(0)
+    assert torch.allclose(zeros, own.expand_as(zeros), atol=1e-5)
+    assert torch.equal(made["x"][0](x, y)[0], x) and made["x"][1] == 0
+    assert not made["nothing"][0](x, y)[0].any() and made["synthesis"][0] is G
+    limits.main(["--run", str(run), "--steps", "2", "--verifier", str(run)])
+    rows = results(run, "limits.json")
+    assert set(rows["predicted_labels"]) == {"EBO", *(n + e for n in (
+        *(f"C_b on {name}" for name in made), "second classifier") for e in ("", ", with energy"))}
+    # the classifier's own logit is its largest one, which orders much as its energy does
+    assert rows["predicted_labels"]["second classifier"]["unknown"]["auroc"] == pytest.approx(
+        rows["predicted_labels"]["EBO"]["unknown"]["auroc"], abs=0.05)
+    assert load_checkpoint(run / "limits/x/scorer.pt", "scorer")["settings"]["mask_ratio"] == 0
 
 def test_pictures_of_digits_are_those_of_the_split(tmp_path):
     ship.main(["--pictures", str(tmp_path), "--split", "train", "--classes", "6", "7"])

@@ -1,0 +1,83 @@
+"""What limits the detector: C_b anew on stand-ins for x', and a second classifier in C_b's place.
+
+    python -m paper.limits --run RUN --steps 4000 --bf16 --ood FOLDER     # writes RUN/limits.json
+    python -m paper.limits ... --verifier RUN2                            # RUN2/classifier.pt, too
+
+Each C_b trains like the run's own, for --steps, into RUN/limits/: on x' = G(x_m, y), on x' = x, on
+the mean training image of class y, and on x' = 0, which leaves it x and y alone. After an
+interruption add --resume. Fisher's method joins each with the classifier's energy alone.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from evaluate import (LABELINGS, add_joint, format_table, gather_sets, make_scorers, provenance,
+                      score_set, tabulate)
+from moodcat import ImageMask, MoodCat
+from paper.common import write_json
+from train_gen import Parser, run_script, to_float
+from train_scorer import load_classifier, load_run, train_scorer
+
+class StandIn(nn.Module):
+    """In the generator's place: x' is images[y] (K, C, S, S), or, if there are none, x_m."""
+
+    def __init__(self, settings, images):
+        super().__init__()
+        self.settings, self.images = settings, nn.Parameter(images, requires_grad=False)
+
+    def forward(self, x_m, y):
+        return (self.images[y] if len(self.images) else x_m), None, None
+
+def stand_ins(G, train, settings):
+    """{name: (what makes x', share of the area that the mask removes)}."""
+    x, y, K = train.x[~train.held], train.y[~train.held], len(settings["classes"])
+    means = torch.stack([to_float(x[y == k]).mean(0) for k in range(K)])
+    return {"synthesis": (G, settings["mask_ratio"]), "x": (StandIn(G.settings, means[:0]), 0.0),
+            "class mean": (StandIn(G.settings, means), settings["mask_ratio"]),
+            "nothing": (StandIn(G.settings, 0 * means), settings["mask_ratio"])}
+
+def main(argv=None):
+    """Train what is not trained, score the run's sets with each, print and write the tables."""
+    parser = Parser(__doc__, steps="of each C_b [as many as the run's own]")
+    add = parser.add_argument
+    add("--ood", nargs="+", default=[], metavar="SET", help="as evaluate.py's")
+    add("--verifier", metavar="RUN", help="the run of a second classifier of the same classes")
+    args = parser.parse_args(argv)
+    G, about, train = load_run(args)
+    classifier, _, _ = load_classifier(args.run, None, args.device)
+    _, trained = make_scorers(["cb"], args, about, classifier)
+    own, sets = trained["cb"]["settings"], gather_sets(args, about, {})
+    detectors, content = {}, {name: {} for name in LABELINGS}
+    for name, (made, ratio) in stand_ins(G, train, about["settings"]).items():
+        at = argparse.Namespace(**{**vars(args), "run": str(Path(args.run, "limits", name))})
+        settings = dict(own, seed=args.seed, bf16=args.bf16, mask_ratio=ratio,
+                        steps=args.steps or own["steps"],
+                        generator=own["generator"] if made is G else name)
+        train_scorer(at, "scorer", settings, train, made.to(args.device))
+        scorers, _ = make_scorers(["cb"], at, dict(id=settings["generator"]), classifier)
+        detectors[f"C_b on {name}"] = MoodCat(made, scorers, ImageMask(ratio, args.seed))
+    if args.verifier:
+        second, _, classes = load_classifier(args.verifier, None, args.device)
+        if classes != about["settings"]["classes"]:
+            parser.error(f"{args.verifier} knows other classes")
+        logit = lambda x, x_fake, y: second(x).gather(1, y[:, None])[:, 0]
+        detectors["second classifier"] = MoodCat(G, {"cb": logit})
+    for name, detector in detectors.items():
+        held = score_set(detector, classifier, train.x[train.held], train.y[train.held], "held-out")
+        scored = {key: score_set(detector, classifier, x, y, key)
+                  for key, (x, y, _) in sets.items()}
+        add_joint(scored, held, ["cb", "energy"])
+        for labels in LABELINGS:
+            rows = tabulate(scored, ["EBO", "cb", "fisher with energy"], labels)
+            content[labels].update({"EBO": rows["EBO"], name: rows["cb"],
+                                    f"{name}, with energy": rows["fisher with energy"]})
+    for labels, table in content.items():
+        print(f"\n{labels}\n{format_table(table)}")
+    write_json(Path(args.run, "limits.json"), dict(content, about=dict(
+        provenance(), settings=about["settings"], steps=args.steps or own["steps"])))
+
+if __name__ == "__main__":
+    run_script(main)
