@@ -12,6 +12,7 @@ random labels for OOD images) follows. Held-out training images fix p-values and
 image chooses anything. Writes detector.pt, results.json, scores.csv and pictures to RUN or --out.
 """
 
+import copy
 import csv
 import itertools
 import json
@@ -127,7 +128,9 @@ def score_set(detector, classifier, x, labels, title):
     labels, K = labels.cpu(), detector.generator.settings["num_classes"]
     random = torch.randint(K, labels.shape, generator=torch.Generator().manual_seed(0))
     oracle = torch.where(labels >= 0, labels, random)
-    parts = []
+    plain, parts = copy.copy(detector), []
+    plain.scorers = {k: f for k, f in detector.scorers.items() if k != "energy"}  # that is EBO
+    plain.calibration = None
     for rows in tqdm(torch.arange(len(x)).split(256), title, unit="batch"):
         chunk, images = x[rows.to(x.device)], to_float(x[rows.to(x.device)])
         logits = predict(classifier, chunk, K)
@@ -135,8 +138,7 @@ def score_set(detector, classifier, x, labels, title):
         part = dict(label=labels[rows], prediction=y, **baselines(classifier, images, logits, y))
         part["oracle MSP"] = logits.log_softmax(1).gather(1, told[:, None])[:, 0]
         for prefix, given in (("", y), ("oracle ", told)):
-            scores = detector.score(images, given)
-            part.update({prefix + k: scores[k] for k in detector.scorers if k != "energy"})  # EBO
+            part.update({prefix + k: s for k, s in plain.score(images, given).items()})
         parts.append({k: v.detach().cpu() for k, v in part.items()})
     return {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
 

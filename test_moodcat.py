@@ -704,7 +704,7 @@ def test_unlabeled_images_train_a_second_scorer_and_are_no_ood_set(copy, folder,
 def short(run, *more):
     sizes = ["--run", run, "--steps", 6, *more]
     return ([train_gen.main, *sizes, "--ch", 2, "--batch-size", 16],
-            [train_scorer.main, *sizes, "--classifier-steps", 4])
+            [train_scorer.main, *sizes, "--classifier-steps", 4, "--ch", 3])
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
@@ -764,7 +764,7 @@ def test_held_out_images_train_nothing(whole, tmp_path, monkeypatch):
         start(*command)
     assert all(same(load(whole, name)[name], load(tmp_path, name)[name]) for name in NETS)
 
-def test_bfloat16_and_mirrors_are_settings(whole, tmp_path):
+def test_bfloat16_and_mirrors_are_settings(whole, tmp_path, monkeypatch):
     """issue: mirror images were trained on without being asked for."""
     for command in short(tmp_path, "--bf16"):
         start(*command)
@@ -773,7 +773,15 @@ def test_bfloat16_and_mirrors_are_settings(whole, tmp_path):
         assert theirs["settings"]["bf16"] and not same(ours[name], theirs[name])
         assert theirs["log"] == pytest.approx(ours["log"], rel=0.3, abs=0.3)
     assert load(whole, "classifier")["settings"]["mirror"] is False
+    assert load(whole, "scorer")["settings"]["ch"] == 3  # the generator's is 2
     assert "another mirror" in complaint(*short(whole)[1], "--mirror")
+    seen, mirrored = [], torch.full((16, 1, 16, 16), 0.5)  # what C_b gets is masked after it
+    monkeypatch.setattr(train_scorer, "augment", lambda x, mirror: mirrored[:len(x)])
+    monkeypatch.setattr(train_scorer, "train_step", lambda *w: seen.append(w[3:5]) or w[3].sum())
+    (tmp_path / "new").mkdir()
+    shutil.copy(whole / "generator.pt", tmp_path / "new")
+    start(*short(tmp_path / "new")[1], "--mirror", "--classifier", whole / "classifier.pt")
+    assert all((x == 0.5).all() and ((x_m == 0.5) | (x_m == 0)).all() for x, x_m in seen) and seen
 
 def train_alone(path):
     """C_b, on batches that are the same for every number of processes."""
@@ -827,6 +835,7 @@ def test_mistakes_end_in_one_line(run, folder, tmp_path):
             ("multiple of 8", gen, [*new, "--image-size", 30]),
             ("no class 'zebra'", gen, [*new, "--known-classes", 0, "zebra"]),
             ("--steps 0 is too small", gen, [*new, "--steps", 0]),
+            ("--kl-weight 0.0 is too small", gen, [*new, "--kl-weight", 0]),
             ("'meta' cannot be used", gen, [*new, "--device", "meta"]),
             ("run train_gen.py", sco, new),
             ("run train_scorer.py", eva, ["--run", tmp_path / "part"]),

@@ -33,7 +33,7 @@ from moodcat import (WEIGHT_FILES, Generator, UNetDiscriminator, discriminator_l
 # with weight 1. The authors' code: 2 l1, 3 l2, 5 SSIM, 4 KL as a mean over the 128 dimensions.
 PRESETS = {  # kl_weight: of the sum over z; it decides how much y matters
     "digits": dict(image_size=16, ch=8, batch_size=32, steps=800, kl_weight=0.1),
-    "colour": dict(image_size=None, ch=32, batch_size=96, steps=100_000, kl_weight=0.1)}
+    "colour": dict(image_size=None, ch=32, batch_size=96, steps=100_000, kl_weight=0.03)}
 LR_G, LR_D = 5e-4, 1e-3  # ten times the paper's, for trainings of minutes to hours; D ahead of G
 BETAS = (0.0, 0.999)
 ADV = 0.5                # image and pixel term, each: realism must not outweigh resemblance
@@ -191,7 +191,8 @@ class Parser(argparse.ArgumentParser):
         for flag, value in vars(args).items():
             if "" in (value if isinstance(value, list) else [value]):
                 self.error(f"--{flag.replace('_', '-')} is empty")
-            if type(value) is int and value < (flag != "seed"):
+            least = 1e-9 if type(value) is float else flag != "seed"
+            if type(value) in (int, float) and not value >= least:
                 self.error(f"--{flag.replace('_', '-')} {value} is too small")
         try:
             if args.device == "cuda":
@@ -336,6 +337,7 @@ def main(argv=None):
     add("--image-size", type=int, help="a multiple of 8 [digits 16, otherwise the data's own]")
     add("--ch", type=int, help="channel multiplier [digits 8, otherwise 32]")
     add("--batch-size", type=int, help="[digits 32, otherwise 96]")
+    add("--kl-weight", type=float, help="[digits 0.1, otherwise 0.03]; less: x' follows y less")
     add("--unconditional", action="store_true", help="no label in the generator (Table 6)")
     args = parser.parse_args(argv)
     data = args.data or "digits"
