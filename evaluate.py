@@ -307,7 +307,7 @@ def evaluate(args):
     settings, classes = about["settings"], about["settings"]["classes"]
     classifier, classifier_id, its_classes = load_classifier(args.run, args.classifier, args.device)
     if its_classes not in (None, classes):
-        raise ValueError(f"{args.run}/classifier.pt knows other classes: {', '.join(its_classes)}")
+        raise ValueError(f"the classifier knows other classes: {', '.join(its_classes)}")
     names = args.scorers or DEFAULT_SCORERS["digits" if settings["data"] == "digits" else "colour"]
     scorers, trained = make_scorers(names, args, about, classifier)
     sets = gather_sets(args, about, trained)
@@ -372,7 +372,7 @@ def main(argv=None):
     add("--ood", nargs="+", default=[], metavar="SET", help="cifar10, cifar100, svhn, dtd, folders")
     add("--scorers", nargs="+", metavar="NAME", help=f"of {' '.join(SCORERS)} {DEFAULT_SCORERS}")
     add("--masks", type=int, default=1, help="average each score over so many masks [%(default)s]")
-    add("--classifier", metavar="FILE", help="the program in place of RUN/classifier.pt")
+    add("--classifier", metavar="FILE", help="another run's, or a program, as trained with")
     add("--out", metavar="FOLDER", help="for the results [RUN]")
     add("--images", metavar="PATH", help="judge a picture or a folder of them")
     args = parser.parse_args(argv)

@@ -109,7 +109,7 @@ def load_classifier(run, file, device):
     saved = load_checkpoint(path, "classifier", device)
     settings, classes = saved["settings"], saved["settings"]["classes"]
     if saved["step"] < saved["steps"]:
-        raise ValueError(f"{run}/classifier.pt is not trained to its end: train_scorer.py --resume")
+        raise ValueError(f"{path} is not trained to its end: train_scorer.py --resume")
     net = make_classifier(settings["net"], settings["widths"], len(classes), settings["channels"])
     net.load_state_dict(saved["classifier"])
     return fold(net.to(device)), fingerprint(saved["classifier"]), classes
@@ -245,7 +245,9 @@ def main(argv=None):
     settings = dict({k: about["settings"][k] for k in same}, seed=args.seed, bf16=args.bf16,
                     mirror=args.mirror)
     if args.classifier or args.extra:
-        classifier, _, _ = load_classifier(args.run, args.classifier, args.device)
+        classifier, _, its_classes = load_classifier(args.run, args.classifier, args.device)
+        if its_classes not in (None, split.classes):
+            raise ValueError(f"the classifier knows other classes: {', '.join(its_classes)}")
     else:
         classifier = train_classifier(args, dict(settings, **own), split)
     logits = predict(classifier, split.x[split.held], K)

@@ -50,21 +50,24 @@ def main(argv=None):
     classifier, _, _ = load_classifier(args.run, None, args.device)
     _, trained = make_scorers(["cb"], args, about, classifier)
     own, sets = trained["cb"]["settings"], gather_sets(args, about, {})
+    if len(sets) == 1:
+        parser.error("no image is OOD: name OOD sets after --ood")
     detectors, content = {}, {name: {} for name in LABELINGS}
-    for name, (made, ratio) in stand_ins(G, train, about["settings"]).items():
-        at = argparse.Namespace(**{**vars(args), "run": str(Path(args.run, "limits", name))})
-        settings = dict(own, seed=args.seed, bf16=args.bf16, mask_ratio=ratio,
-                        steps=args.steps or own["steps"],
-                        generator=own["generator"] if made is G else name)
-        train_scorer(at, "scorer", settings, train, made.to(args.device))
-        scorers, _ = make_scorers(["cb"], at, dict(id=settings["generator"]), classifier)
-        detectors[f"C_b on {name}"] = MoodCat(made, scorers, ImageMask(ratio, args.seed))
     if args.verifier:
         second, _, classes = load_classifier(args.verifier, None, args.device)
         if classes != about["settings"]["classes"]:
             parser.error(f"{args.verifier} knows other classes")
         logit = lambda x, x_fake, y: second(x).gather(1, y[:, None])[:, 0]
         detectors["second classifier"] = MoodCat(G, {"cb": logit})
+    for name, (made, ratio) in stand_ins(G, train, about["settings"]).items():
+        at = argparse.Namespace(**{**vars(args), "run": str(Path(args.run, "limits", name))})
+        settings = dict(own, seed=args.seed, bf16=args.bf16, mask_ratio=ratio,
+                        steps=args.steps or own["steps"],
+                        mirror=own.get("mirror", False),
+                        generator=own["generator"] if made is G else name)
+        train_scorer(at, "scorer", settings, train, made.to(args.device))
+        scorers, _ = make_scorers(["cb"], at, dict(id=settings["generator"]), classifier)
+        detectors[f"C_b on {name}"] = MoodCat(made, scorers, ImageMask(ratio, args.seed))
     for name, detector in detectors.items():
         held = score_set(detector, classifier, train.x[train.held], train.y[train.held], "held-out")
         scored = {key: score_set(detector, classifier, x, y, key)

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from evaluate import draw_panel, gather_sets, report
-from moodcat import load_checkpoint, save_checkpoint
+from moodcat import MoodCat, load_checkpoint, save_checkpoint
 from paper.common import Run, run_parser
 from train_gen import find_images, run_script
 from train_scorer import load_classifier
@@ -37,6 +37,9 @@ def ship(args):
     """Write classifier.pt, detector.pt, results.json, panel.png and examples/ into args.out. Raises
     OSError or ValueError."""
     out, run = Path(args.out), Run(args)
+    sets = gather_sets(args, run.about, run.trained)
+    if len(sets) == 1:
+        raise ValueError("no image is OOD: name OOD sets after --ood")
     saved = load_checkpoint(Path(args.run, "classifier.pt"), "classifier")
     saved.update(classifier=halved(saved["classifier"]), opt=None, lines=[])
     save_checkpoint(out / "classifier.pt", saved)
@@ -51,15 +54,16 @@ def ship(args):
     for net in saved["nets"].values():
         net["weights"] = halved(net["weights"])
     save_checkpoint(out / "detector.pt", saved)
-    sets = gather_sets(args, run.about, run.trained)
     scored = run.score(detector, held, sets)
     report(args, out, detector, run.about, run.trained, scored, len(held["label"]))
-    blocks = []
+    blocks, detector = [], MoodCat.load(out / "detector.pt", args.device, run.classifier)
+    for picture in out.glob("examples/*.png"):  # of another run
+        picture.unlink()
     for name, (x, y, _) in sets.items():
         rows = torch.linspace(0, len(x) - 1, 10).long()  # folders come class by class
         blocks.append((name, x[rows], scored[name]["prediction"][rows]))
         known = name == "in-distribution"
-        titles = [f"{run.classes[y[i]] if known else 'unknown'}-{i}" for i in rows]
+        titles = [f"{run.classes[y[i]] if known else 'unknown'}-{len(blocks)}-{i}" for i in rows]
         write_pictures(out / "examples", x[rows], titles[:8 if known else 4])
     draw_panel(out / "panel.png", detector, run.classes, blocks)
     print(f"{out}: {sum(path.stat().st_size for path in out.glob('*.pt'))} bytes of weights")

@@ -332,7 +332,7 @@ def test_the_shipped_detector_judges_as_measured(runs, tmp_path, capsys):
     assert len(verdicts) == 12
     for name, verdict in verdicts.items():
         if not name.startswith("unknown"):
-            ood = rejected[int(name.split("-")[1])]
+            ood = rejected[int(name.split("-")[2])]
             assert verdict == ("OOD" if ood else "in-distribution")
     with pytest.raises(ValueError, match="folder of its own"):
         ship.main(["--run", str(runs / "a-0")])
