@@ -7,8 +7,8 @@
 A ViT learns the visual tokens of masked patches (pt), then labels (ft). An image is OOD when its
 feature lies far, in Mahalanobis distance, from those of the training images. Rows: Table 4's stages
 (neither, pt, ft, pt+ft; "ft long": ft for the steps of both) by three distances, Table 5's metrics
-on the pt+ft net. Writes RUN/mood.json and, of each training, RUN/mood_*.pt and its log. --dev takes
-known classes for unknown: the others' held-out images against their training images, in RUN/dev-*.
+on the pt+ft net. Writes RUN/mood.json (mood_timm.json), and of each training RUN/mood_*.pt and its
+log. --dev takes known classes for unknown: others' held-out images against theirs, in RUN/dev-*.
 """
 
 import json
@@ -63,7 +63,6 @@ class Tokenizer(nn.Module):
     """Visual tokens: of each patch the nearest of `codes` k-means centroids, fitted to uint8 images
     (N, C, S, S); x (B, C, S, S) in [-1, 1] -> (B, N) in [0, codes). In place of BEiT's dVAE, whose
     8,192 codes have seen 250 million images. Raises ValueError for fewer patches than codes."""
-
     def __init__(self, images, codes, seed=0):
         from sklearn.cluster import KMeans
         super().__init__()
@@ -89,7 +88,6 @@ class ViT(nn.Module):
     """Vision transformer without class token and BEiT's relative positions, layer scale, drop path:
     x (B, C, S, S) in [-1, 1] -> logits (B, outputs) of f = LayerNorm(mean of patch tokens); given a
     mask (B, N), True = masked, of each patch: (B, N, outputs)."""
-
     def __init__(self, outputs, image_size, channels, width, depth, heads):
         super().__init__()
         table = lambda rows: nn.Parameter(0.02 * torch.randn(rows, width))
@@ -115,15 +113,14 @@ class ViT(nn.Module):
 class TimmNet(nn.Module):
     """A pretrained net of the optional package timm: x (B, 1 or 3, S, S) in [-1, 1], so BEiT's mean
     and deviation of 0.5 -> logits (B, num_classes). Raises OSError."""
-
     def __init__(self, name, num_classes):
         super().__init__()
         try:
             import timm
             self.net = timm.create_model(name, pretrained=True, num_classes=num_classes)
-        except Exception as error:  # unknown names and downloads fail in many ways
-            raise OSError(f"timm:{name} needs timm (pip install timm): {error}") from error
-        self.side, self.head = self.net.patch_embed.img_size[0], self.net.get_classifier()
+            self.side, self.head = self.net.patch_embed.img_size[0], self.net.get_classifier()
+        except Exception as error:  # no timm, unknown names, downloads, nets without patches
+            raise OSError(f"no timm:{name}, a BEiT of timm (pip install timm): {error}") from error
 
     def features(self, x):
         i = self.side // 14  # as in the public code: resize to 256, keep the centre's 224
@@ -138,12 +135,11 @@ class TimmNet(nn.Module):
 def layer_groups(net, rate, decay):
     """AdamW's groups with a rate for each layer, rate * decay**(L + 1 - l): l = 0 for patches and
     positions, 1 to L for the blocks, L + 1 for norm and head."""
-    layers = {}
+    found = {}
     for name, p in net.named_parameters():
         part = re.search(r"\bblocks\.(\d+)\.|\b(?:norm|fc_norm|head)\.", name)
-        layers.setdefault(int(part[1] or 999) + 1 if part else 0, []).append(p)
-    tops = enumerate(sorted(layers, reverse=True))
-    return [dict(params=layers[l], peak=rate * decay**i) for i, l in tops]
+        found.setdefault(int(part[1] or 999) + 1 if part else 0, []).append(p)
+    return [dict(params=found[l], peak=rate * decay**i) for i, l in enumerate(sorted(found)[::-1])]
 
 def train(args, name, net, rate, decay, settings, steps, loss, images, y, **parts):
     """Train net into RUN/<name>.pt with AdamW on uint8 images (N, C, S, S), labels y (N,) for a
@@ -169,7 +165,6 @@ def stages(args, settings, images, y):
     side = settings["image_size"] // PATCH
     grid = side, round(MASKED * side**2), max(1, round(LEAST * side**2))
     torch.manual_seed(args.seed)  # timm draws a head
-
     def pretrain(net):
         tokenizer = Tokenizer(images, settings["codes"], args.seed).to(args.device)
         def loss(model, x, y):
@@ -178,16 +173,13 @@ def stages(args, settings, images, y):
             return mim_loss(model(x, mask), tokenizer(x), mask)
         return train(args, "mood_pt", net, RATE, 1.0, settings, pt_steps, loss, images, y,
                      tokenizer=tokenizer)
-
     def finetune(name, net, rate, decay=1.0, steps=ft_steps):
         loss = lambda model, x, y: smoothed_loss(model(x), y)
         return train(args, f"mood_{name}", net, rate, decay, settings, steps, loss, images, y)
-
     def fresh(outputs=K):
         torch.manual_seed(args.seed)
         size = (settings[k] for k in ("image_size", "channels", "width", "depth", "heads"))
         return ViT(outputs, *size).to(args.device).eval()
-
     if args.backbone != "vit":
         nets = [TimmNet(args.backbone.removeprefix("timm:"), K).to(args.device) for _ in range(2)]
         return {"pt": nets[0].eval(), "pt+ft": finetune("timm", nets[1], TIMM_RATE, TIMM_DECAY)}
@@ -217,10 +209,9 @@ def mahalanobis(train, test, labels=None, kind="one"):
         return torch.stack([mahalanobis(own, test) for own in classes]).min(0).values
     means = torch.stack([own.mean(0) for own in classes])                 # (K, D)
     within = torch.cat([own - mu for own, mu in zip(classes, means)])     # (N, D)
-    # cut off at D * 2e-16; numpy's 1e-15 lets rounding noise in where a class has few images
-    inverse = torch.linalg.pinv(within.T @ within / len(within), hermitian=True)
-    away = test - means[:, None]                                          # (K, M, D)
-    return ((away @ inverse) * away).sum(2).min(0).values
+    # numpy's cut-off of 1e-15 lets the rounding of float32 features in, and of few images
+    inverse = torch.linalg.pinv(within.T @ within / len(within), rtol=1e-10, hermitian=True)
+    return torch.stack([((test - mu) @ inverse * (test - mu)).sum(1) for mu in means]).amin(0)
 
 def logit_scores(logits, features):
     """Table 5's other metrics, higher = in-distribution: logits (M, K), features (M, D) -> {name:
@@ -250,12 +241,16 @@ def score(stage, net, images, y, sets):
     return scored
 
 def rows_beside(run, n, fingerprint):
-    """Rows of RUN/results.json and shift.json, if they are about these sets."""
+    """Rows of RUN/results.json and, of the same classifier, shift.json, if about these images."""
     table = {}
     for file in (Path(run, "results.json"), Path(run, "shift.json")):
         found = json.loads(file.read_text()) if file.exists() else dict(n=None)
+        rows = found.get("predicted_labels", {})
         same = found["n"] == n and found["settings"]["fingerprint"] == fingerprint
-        table.update(found["predicted_labels"] if same else {})
+        if same and rows["MSP"] == table.get("MSP", rows["MSP"]):
+            table.update(rows)
+        elif found["n"]:
+            print(f"no rows of {file}: it is about other images or another classifier")
     return table
 
 def main(argv=None):
@@ -284,16 +279,21 @@ def main(argv=None):
     preset = PRESETS["digits" if split.x.shape[1] == 1 else "colour"].items()
     settings = dict({k: getattr(args, k, None) or v for k, v in preset}, classes=classes,
                     **{k: about["settings"][k] for k in ("image_size", "channels", "fingerprint")},
-                    **{k: getattr(args, k) for k in ("seed", "bf16", "mirror", "backbone")})
+                    **{k: getattr(args, k) for k in ("seed", "bf16", "mirror", "backbone")},
+                    **{k: v for k, v in globals().items() if isinstance(v, (int, float))})
     n = {name: len(x) for name, (x, _, _) in sets.items()}
     own, beside = {}, {} if args.dev else rows_beside(args.run, n, split.fingerprint)
+    title, name = ("MOOD", "mood") if args.backbone == "vit" else (args.backbone, "mood_timm")
+    path = Path(args.run, f"{name}.json")
     for stage, net in stages(args, settings, *known).items():
         scored = score(stage, net, *known, sets)
         methods = [c for c in scored["in-distribution"] if c.startswith("MOOD")]
-        own.update(tabulate(scored, methods, "predicted_labels"))
+        rows = tabulate(scored, methods, "predicted_labels")
+        own.update({method.replace("MOOD", title): row for method, row in rows.items()})
     results = dict(provenance(), command=" ".join(["python -m related.mood", *sys.argv[1:]]),
                    settings=settings, n=n, predicted_labels=own)
-    Path(args.run, "mood.json").write_text(json.dumps(results, indent=1) + "\n")
+    path.with_suffix(".tmp").write_text(json.dumps(results, indent=1) + "\n")
+    path.with_suffix(".tmp").replace(path)
     print(f"\nPercent; images: {n}\n{format_table({**beside, **own})}")
 
 if __name__ == "__main__":

@@ -4,10 +4,8 @@ Erase the object from a training image, fill the hole, and train a small rejecti
 frozen classifier's features to tell the result from the original (Figure 2).
 
     python -m related.shift                                    # digits, after the quickstart
-    python -m related.shift --fill zero patch generator        # which erasing and filling: Table 4
-    python -m related.shift --fakes 1 2 3 4 5 6 7 8 9          # AUROC against K: Figure 3
+    python -m related.shift --fill zero patch generator --fakes 1 2 4 8    # Table 4, Figure 3
     python -m related.shift --erase clipseg --fill diffusion   # the paper's, optional: README.md
-    python -m related.shift --run runs/cifar10 --ood svhn FOLDER
     python -m related.shift --run runs/0123 --dev 4 5          # to choose settings: no test image
 
 Each --erase meets each --fill; random rectangles, the control, always do. --dev: held-out images
@@ -131,11 +129,11 @@ def generator(job):
     return fill
 
 def diffusion(job):
-    """LDM_inpaint (Eq. 4) of bicubically enlarged images (the code: by a second LDM)."""
+    """LDM_inpaint (Eq. 4) of images enlarged bicubically (the code: by a second LDM), 4 a call."""
     pipe = pretrained("diffusers", "StableDiffusionInpaintPipeline", job.models[1]).to(job.device)
     pipe.safety_checker = None  # it would black images out
     pipe.set_progress_bar_config(disable=True)
-    def fill(x, hole, y):
+    def paint(x, hole):
         large = F.interpolate(x.expand(-1, 3, -1, -1), (SIDE, SIDE), mode="bicubic").clamp(-1, 1)
         out = pipe(["A photo of background"] * len(x), image=large / 2 + 0.5, output_type="pt",
                    mask_image=F.interpolate(hole.float(), (SIDE, SIDE)),  # 1 = paint here
@@ -143,7 +141,7 @@ def diffusion(job):
                    num_inference_steps=DIFFUSION_STEPS, guidance_scale=GUIDANCE).images
         out = F.interpolate(out.to(x) * 2 - 1, x.shape[2:], mode="area")      # (B, 3, S, S)
         return torch.where(hole, out if x.shape[1] == 3 else out.mean(1, keepdim=True), x)
-    return fill
+    return lambda x, hole, y: torch.cat([paint(*part) for part in zip(x.split(4), hole.split(4))])
 
 ERASE = dict(cam=cam, random=random, clipseg=clipseg)
 FILL = dict(zero=zero, patch=patch, generator=generator, diffusion=diffusion)
@@ -155,8 +153,8 @@ def pretrained(package, kind, name):
     except ImportError as error:
         raise ValueError(f"{kind} needs pip install diffusers transformers ({error})") from error
     except Exception as error:  # downloads and damaged files fail in many ways
-        raise OSError(f"no usable {name} ({str(error).splitlines()[0]}): go online once, or name "
-                      "folders that hold both after --models") from error
+        raise OSError(f"no usable {name} ({error}): go online once, or name folders that hold both "
+                      "after --models") from error
 
 def make_fakes(job, settings, erase, fill, k):
     """The k-th fake of each image that has an object: uint8 (n, C, S, S). Raises ValueError."""
@@ -182,7 +180,6 @@ def make_fakes(job, settings, erase, fill, k):
 # --- The rejection network (section 4.2) ---------------------------------------------------------
 class RejectionNetwork(nn.Module):
     """psi: features (B, D) -> logit (B,), positive = OOD as in the code, unlike the paper's."""
-
     def __init__(self, features, hidden=2048):
         super().__init__()
         self.layers = nn.Sequential(nn.Linear(features, hidden), nn.ReLU(), nn.Linear(hidden, 1))
@@ -231,14 +228,16 @@ def score(classifier, networks, x, labels, num_classes):
     columns = {k: torch.cat([part[k].cpu() for part in parts]) for k in parts[0]}
     return dict(columns, label=labels.cpu())
 
-def rows_beside(run, n, msp):
-    """Rows of RUN/results.json, if its MSP is that of the same classifier, and of mood.json."""
-    table, same = {}, lambda rows: {name: round(row["auroc"], 4) for name, row in rows.items()}
+def rows_beside(run, n, fingerprint, msp):
+    """Rows of RUN/results.json, if of this classifier, and mood.json, if about these images."""
+    table = {}
     for file in (Path(run, "results.json"), Path(run, "mood.json")):
-        found = json.loads(file.read_text()) if file.exists() else {}
-        rows = found.get("predicted_labels", {})
-        if found.get("n") == n and same(rows.get("MSP", msp)) == same(msp):
-            table.update(rows)
+        found = json.loads(file.read_text()) if file.exists() else dict(n=None)
+        alike = found["n"] == n and found["settings"]["fingerprint"] == fingerprint
+        if alike and found["predicted_labels"].get("MSP", msp) == msp:
+            table.update(found["predicted_labels"])
+        elif found["n"]:
+            print(f"no rows of {file}: it is about other images or another classifier")
     return table
 
 def main(argv=None):
@@ -255,10 +254,15 @@ def main(argv=None):
     args = parser.parse_args(argv)
     G, about, split = load_run(args)
     net, its_id, its_classes = load_classifier(args.run, args.classifier, args.device)
-    maps(net, to_float(split.x[:1]))  # says what is wrong before anything is made
     data, classes, counts = about["settings"]["data"], split.classes, args.fakes or [FAKES]
-    if its_classes not in (None, classes) or min(counts) < 1 or set(args.dev or []) & set(classes):
-        raise ValueError(f"the classifier must know {classes}, --dev name others, --fakes positive")
+    if its_classes not in (None, classes):
+        raise ValueError(f"the classifier knows {its_classes}, the run {classes}")
+    if set(args.dev or []) & set(classes) or len(args.dev or "ab") < 2:
+        raise ValueError("--dev takes two classes or more that the run does not know")
+    if not 1 <= min(counts) <= max(counts) <= 99:
+        raise ValueError("--fakes takes numbers from 1 to 99")
+    predict(net, split.x[:1], len(classes))  # these two say what is wrong before anything is made
+    maps(net, to_float(split.x[:1]))
     if args.dev:
         other = Split(data, "train", args.dev, split.x.shape[2], args.device).x
         sets = {"in-distribution": (split.x[split.held], split.y[split.held], None),
@@ -269,14 +273,14 @@ def main(argv=None):
         raise ValueError("no image is OOD: name OOD sets after --ood")
     args.x, args.y = split.x[~split.held], split.y[~split.held]
     args.G, args.net, args.classes = G, net, classes  # the job
-    settings = dict(seed=args.seed, classifier=its_id, generator=about["id"], ratio=RATIO,
-                    fingerprint=split.fingerprint, threshold=LAMBDA, dilation=DILATION,
-                    cam_stage=CAM_STAGE, models=args.models)
+    settings = dict(seed=args.seed, classifier=its_id, generator=about["id"], models=args.models,
+                    fingerprint=split.fingerprint, RATIO=RATIO, LAMBDA=LAMBDA,
+                    **{k: v for k, v in globals().items() if isinstance(v, (int, float))})
     steps, networks = args.steps or STEPS["digits" if data == "digits" else "colour"], {}
     for erase, fill in product(dict.fromkeys([*args.erase, "random"]), args.fill):
         fakes = [make_fakes(args, settings, erase, fill, k) for k in range(max(counts))]
         for K in counts:
-            title = f"SHIFT {erase}+{fill}" + f" K={K}" * (len(counts) > 1)
+            title = f"SHIFT {erase}+{fill} K={K}"
             networks[title] = train_psi(args, f"psi_{erase}_{fill}_{K}", dict(
                 settings, steps=steps, bf16=args.bf16), torch.cat(fakes[:K]))
     scored = {k: score(net, networks, *v[:2], len(classes)) for k, v in sets.items()}
@@ -289,7 +293,7 @@ def main(argv=None):
     path = Path(args.run, "shift_dev.json" if args.dev else "shift.json")
     path.with_suffix(".tmp").write_text(json.dumps(results, indent=1) + "\n")
     path.with_suffix(".tmp").replace(path)
-    beside = {} if args.dev else rows_beside(args.run, n, own["MSP"])
+    beside = {} if args.dev else rows_beside(args.run, n, split.fingerprint, own["MSP"])
     print(f"\nPercent; images: {n}\n{format_table({**beside, **own})}")
 
 if __name__ == "__main__":

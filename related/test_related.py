@@ -171,8 +171,8 @@ def test_timm_end_to_end(run, monkeypatch):
     tokens = net.net.forward_features(x[..., 2:30, 2:30])
     assert torch.allclose(net.features(x), net.net.fc_norm(tokens[:, 1:].mean(1)), atol=1e-5)
     mood.main(["--run", run, "--device", "cpu", "--finetune-steps", "1", "--backbone", "timm:tiny"])
-    rows = json.loads(Path(run, "mood.json").read_text())["predicted_labels"]
-    assert {"MOOD pt one", "MOOD pt+ft one", "MOOD pt+ft softmax"} <= set(rows)
+    rows = json.loads(Path(run, "mood_timm.json").read_text())["predicted_labels"]
+    assert {"timm:tiny pt one", "timm:tiny pt+ft one", "timm:tiny pt+ft softmax"} <= set(rows)
 
 # --- SHIFT ---------------------------------------------------------------------------------------
 def job(net="conv", **more):
@@ -280,14 +280,12 @@ def test_shift_end_to_end_and_bad_input(tmp_path, monkeypatch, capsys):
     before, flags = identity(), ["--run", run, "--steps", "12"]
     read = lambda name: json.loads((tmp_path / "run" / name).read_text())
     shift.main([*flags, "--fill", "zero", "generator"])
-    assert identity() == before  # never touched
+    assert identity() == before
     first = read("shift.json")["predicted_labels"]
-    names = "SHIFT cam+zero", "SHIFT cam+generator", "SHIFT random+zero", "SHIFT random+generator"
+    names = [f"SHIFT {e}+{f} K=2" for e in ("cam", "random") for f in ("zero", "generator")]
     assert list(first) == ["MSP", "ODIN", "EBO", *names] and read("shift.json")["versions"]
-    assert len({rows["unknown"]["accuracy"] for rows in first.values()}) == 1
-    rows = dict(MSP=first["MSP"], cb=first["EBO"])  # evaluate.py's, of the same classifier
-    found = dict(predicted_labels=rows, n=read("shift.json")["n"])
-    (tmp_path / "run" / "results.json").write_text(json.dumps(found))
+    evaluate.main(["--run", run])
+    assert read("results.json")["predicted_labels"]["MSP"] == first["MSP"]  # and its accuracy
     shift.main([*flags, "--fill", "zero", "--fakes", "1", "2", "--dev", "4", "5"])
     dev = read("shift_dev.json")  # no test image
     assert dev["n"]["unknown"] == 242 and "SHIFT random+zero K=2" in dev["predicted_labels"]
@@ -296,8 +294,10 @@ def test_shift_end_to_end_and_bad_input(tmp_path, monkeypatch, capsys):
     assert all(again[k] == first[k] for k in again) and "\ncb " in capsys.readouterr().out
     torch.jit.script(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(256, 4))).save(other)
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    for words, line in ((["--classifier", other], "spatial features"), (["--dev", "3"], "--dev"),
-                        (["--fill", "diffusion"], "pip install"), (["--fakes", "0"], "--fakes")):
+    for words, line in ((["--classifier", other], "spatial features"),
+                        (["--dev", "3", "4"], "two classes"), (["--dev", "4"], "two classes"),
+                        (["--fill", "diffusion"], "pip install"),
+                        (["--fakes", "0"], "--fakes"), (["--fakes", "100"], "--fakes")):
         with pytest.raises(SystemExit) as end:
             run_script(lambda: shift.main([*flags, *words]))
         assert line in end.value.code and "\n" not in end.value.code
@@ -313,7 +313,10 @@ def test_shift_resumed_is_uninterrupted(tmp_path, monkeypatch):
     def run(folder):
         it = job(run=str(tmp_path / folder), resume=True, bf16=False)
         fakes = shift.make_fakes(it, {}, "random", "patch", 0)
-        return [fakes, *shift.train_psi(it, "psi", dict(steps=6, seed=0), fakes).parameters()]
+        before = {k: v.clone() for k, v in it.net.state_dict().items()}
+        psi = shift.train_psi(it, "psi", dict(steps=6, seed=0), fakes)
+        assert all(torch.equal(v, before[k]) for k, v in it.net.state_dict().items())  # untouched
+        return [fakes, *psi.parameters()]
     def cut(*words):
         for step, log in train_gen.training(*words):
             yield step, log
