@@ -16,7 +16,7 @@ from torch import nn
 
 from evaluate import (LABELINGS, add_joint, format_table, gather_sets, make_scorers, provenance,
                       score_set, tabulate)
-from moodcat import ImageMask, MoodCat
+from moodcat import ImageMask, MoodCat, fold
 from paper.common import write_json
 from train_gen import Parser, run_script, to_float
 from train_scorer import load_classifier, load_run, train_scorer
@@ -39,6 +39,11 @@ def stand_ins(G, train, settings):
             "class mean": (StandIn(G.settings, means), settings["mask_ratio"]),
             "nothing": (StandIn(G.settings, 0 * means), settings["mask_ratio"])}
 
+def on(made, scorer, mask):
+    """The scorer f(x, x', y), a net, on the x' that `made` makes."""
+    fold(scorer), fold(made)
+    return lambda x, x_fake, y: scorer(x, made(mask(x)[0], y)[0], y)
+
 def main(argv=None):
     """Train what is not trained, score the run's sets with each, print and write the tables."""
     parser = Parser(__doc__, steps="of each C_b [as many as the run's own]")
@@ -52,30 +57,30 @@ def main(argv=None):
     own, sets = trained["cb"]["settings"], gather_sets(args, about, {})
     if len(sets) == 1:
         parser.error("no image is OOD: name OOD sets after --ood")
-    detectors, content = {}, {name: {} for name in LABELINGS}
+    scorers, content = {}, {name: {} for name in LABELINGS}
     if args.verifier:
         second, _, classes = load_classifier(args.verifier, None, args.device)
         if classes != about["settings"]["classes"]:
             parser.error(f"{args.verifier} knows other classes")
-        logit = lambda x, x_fake, y: second(x).gather(1, y[:, None])[:, 0]
-        detectors["second classifier"] = MoodCat(G, {"cb": logit})
+        scorers["second classifier"] = lambda x, x_fake, y: second(x).gather(1, y[:, None])[:, 0]
     for name, (made, ratio) in stand_ins(G, train, about["settings"]).items():
         at = argparse.Namespace(**{**vars(args), "run": str(Path(args.run, "limits", name))})
         settings = dict(own, seed=args.seed, bf16=args.bf16, mask_ratio=ratio,
-                        steps=args.steps or own["steps"],
-                        mirror=own.get("mirror", False),
+                        steps=args.steps or own["steps"], mirror=own.get("mirror", False),
                         generator=own["generator"] if made is G else name)
         train_scorer(at, "scorer", settings, train, made.to(args.device))
-        scorers, _ = make_scorers(["cb"], at, dict(id=settings["generator"]), classifier)
-        detectors[f"C_b on {name}"] = MoodCat(made, scorers, ImageMask(ratio, args.seed))
-    for name, detector in detectors.items():
-        held = score_set(detector, classifier, train.x[train.held], train.y[train.held], "held-out")
-        scored = {key: score_set(detector, classifier, x, y, key)
-                  for key, (x, y, _) in sets.items()}
-        add_joint(scored, held, ["cb", "energy"])
+        nets, _ = make_scorers(["cb"], at, dict(id=settings["generator"]), classifier)
+        mask = ImageMask(ratio, args.seed)
+        scorers[f"C_b on {name}"] = on(made, nets["cb"].to(args.device), mask)
+    detector = MoodCat(G, scorers)
+    held = score_set(detector, classifier, train.x[train.held], train.y[train.held], "held-out")
+    scored = {name: score_set(detector, classifier, x, y, name) for name, (x, y, _) in sets.items()}
+    for name in scorers:
+        joint = {key: dict(columns) for key, columns in scored.items()}
+        add_joint(joint, held, [name])
         for labels in LABELINGS:
-            rows = tabulate(scored, ["EBO", "cb", "fisher with energy"], labels)
-            content[labels].update({"EBO": rows["EBO"], name: rows["cb"],
+            rows = tabulate(joint, ["EBO", name, "fisher with energy"], labels)
+            content[labels].update({"EBO": rows["EBO"], name: rows[name],
                                     f"{name}, with energy": rows["fisher with energy"]})
     for labels, table in content.items():
         print(f"\n{labels}\n{format_table(table)}")
