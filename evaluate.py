@@ -214,6 +214,12 @@ def write_csv(path, scored, names, classes):
             writer.writerows([text(key), text(name), *row] for name, *row in rows)
     temporary.replace(path)
 
+def write_json(path, content):
+    """Write a dict to `path`, whole or not at all. Raises OSError."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(f"{path}.tmp").write_text(json.dumps(content, indent=1) + "\n")
+    Path(f"{path}.tmp").replace(path)
+
 def provenance():
     """What a number depends on beside its settings: command, revision of this code, versions."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+"]
@@ -305,9 +311,7 @@ def evaluate(args):
     tempfile.TemporaryFile(dir=out).close()  # what cannot be written is noticed before the work
     G, about, train = load_run(args)
     settings, classes = about["settings"], about["settings"]["classes"]
-    classifier, classifier_id, its_classes = load_classifier(args.run, args.classifier, args.device)
-    if its_classes not in (None, classes):
-        raise ValueError(f"the classifier knows other classes: {', '.join(its_classes)}")
+    classifier, classifier_id, _ = load_classifier(args.run, args.classifier, args.device, classes)
     names = args.scorers or DEFAULT_SCORERS["digits" if settings["data"] == "digits" else "colour"]
     scorers, trained = make_scorers(names, args, about, classifier)
     sets = gather_sets(args, about, trained)
@@ -349,9 +353,7 @@ def report(args, out, detector, about, trained, scored, n_held):
         classifier=detector.calibration["about"]["classifier"], scorers=list(detector.scorers),
         mask=getattr(detector.mask, "settings", None), masks=detector.masks, rule=detector.rule,
         odin=dict(temperature=ODIN_TEMPERATURE, step=ODIN_STEP), **tables)
-    temporary = out / "results.json.tmp"
-    temporary.write_text(json.dumps(results, indent=1) + "\n")
-    temporary.replace(out / "results.json")
+    write_json(out / "results.json", results)
     print(f"\nPredicted labels, y = C(x); percent; {', '.join(f'{k} {v}' for k, v in n.items())} "
           f"images\n{format_table(tables['predicted_labels'])}")
     print("\nThe same under three labelings, AUROC / FPR@TPR95: y = C(x); the authors' oracle "

@@ -100,14 +100,18 @@ def load_program(path, device):
         raise ValueError(f"{path} cannot be loaded: {str(error).splitlines()[0]}") from error
     raise ValueError(f"{path} is no program: try torch.jit.trace(model.eval(), example).save(FILE)")
 
-def load_classifier(run, file, device):
+def load_classifier(run, file, device, expected=None):
     """RUN/classifier.pt, another run's or a program -> callable, images (B, C, S, S) in [-1, 1] to
-    logits (B, K); its fingerprint; its class names or None. Raises OSError or ValueError."""
+    logits (B, K); its fingerprint; its class names or None. Raises OSError or ValueError, also for
+    a checkpoint of other class names than `expected`, if given."""
     path = Path(file or Path(run, "classifier.pt"))
-    if file and FORMAT.encode() not in path.read_bytes():  # a checkpoint says so, uncompressed
-        return load_program(path, device), fingerprint(path.read_bytes()), None
+    blob = path.read_bytes() if file else b""
+    if file and FORMAT.encode() not in blob:  # a checkpoint says so, uncompressed
+        return load_program(path, device), fingerprint(blob), None
     saved = load_checkpoint(path, "classifier", device)
     settings, classes = saved["settings"], saved["settings"]["classes"]
+    if expected not in (None, classes):
+        raise ValueError(f"{path} knows other classes: {', '.join(classes)}")
     if saved["step"] < saved["steps"]:
         raise ValueError(f"{path} is not trained to its end: train_scorer.py --resume")
     net = make_classifier(settings["net"], settings["widths"], len(classes), settings["channels"])
@@ -245,9 +249,7 @@ def main(argv=None):
     settings = dict({k: about["settings"][k] for k in same}, seed=args.seed, bf16=args.bf16,
                     mirror=args.mirror)
     if args.classifier or args.extra:
-        classifier, _, its_classes = load_classifier(args.run, args.classifier, args.device)
-        if its_classes not in (None, split.classes):
-            raise ValueError(f"the classifier knows other classes: {', '.join(its_classes)}")
+        classifier, _, _ = load_classifier(args.run, args.classifier, args.device, split.classes)
     else:
         classifier = train_classifier(args, dict(settings, **own), split)
     logits = predict(classifier, split.x[split.held], K)

@@ -16,9 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train_gen
 import train_scorer
-from evaluate import provenance
+from evaluate import provenance, write_json
 from moodcat import BinaryScorer, Generator, MoodCat, UNetDiscriminator, fold, random_mask
-from paper.common import write_json
 
 COUNTED = {"generator step": 8.1, "C_b step": 2.06, "inference": 0.749}  # GFLOP an image
 MATRIX = 4096

@@ -33,7 +33,8 @@ class Run:
     def __init__(self, args):
         self.args, (self.G, self.about, self.train) = args, load_run(args)
         self.settings, self.classes = self.about["settings"], self.about["settings"]["classes"]
-        self.classifier, self.id, _ = load_classifier(args.run, args.classifier, args.device)
+        self.classifier, self.id, _ = load_classifier(args.run, args.classifier, args.device,
+                                                      self.classes)
         kind = "digits" if self.settings["data"] == "digits" else "colour"
         self.names = args.scorers or DEFAULT_SCORERS[kind]
         self.scorers, self.trained = make_scorers(self.names, args, self.about, self.classifier)
@@ -68,12 +69,6 @@ def read_json(path):
         return json.loads(Path(path).read_text())
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}): evaluate that run again") from error
-
-def write_json(path, content):
-    """Write a dict to `path`, whole or not at all. Raises OSError."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(f"{path}.tmp").write_text(json.dumps(content, indent=1) + "\n")
-    Path(f"{path}.tmp").replace(path)
 
 def read_scores(run):
     """RUN/scores.csv as evaluate.py had it: {set: {column: (N,)}}, "held-out" among the sets; label

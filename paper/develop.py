@@ -19,10 +19,10 @@ import torch
 
 import train_gen
 import train_scorer
-from evaluate import LABELINGS, add_joint, provenance, score_set, tabulate
+from evaluate import LABELINGS, add_joint, provenance, score_set, tabulate, write_json
 from moodcat import kl_divergence
 from paper import compare
-from paper.common import Run, methods_of, run_parser, write_json
+from paper.common import Run, methods_of, run_parser
 
 MOST = 2000  # OOD images, evenly spaced
 SPLITS = dict(a=("0123", "45"), b=("2345", "01"), c=("0145", "23"))  # known, unknown digits
@@ -43,8 +43,9 @@ def synthesis(G, mask, x, y):
     and l1 between x' under y and under the next label, both as pixel means on [-1, 1]."""
     sums = torch.zeros(3, dtype=torch.float64)
     for xs, ys in zip(train_gen.to_float(x).split(256), y.split(256)):
-        x_fake, mu, logvar = G(mask(xs)[0], ys)
-        other = G(mask(xs)[0], (ys + 1) % G.settings["num_classes"])[0]
+        x_m, _ = mask(xs)
+        x_fake, mu, logvar = G(x_m, ys)
+        other = G(x_m, (ys + 1) % G.settings["num_classes"])[0]
         l1s = [(x_fake - image).abs().mean((1, 2, 3)) for image in (xs, other)]
         sums += torch.stack([kl_divergence(mu, logvar), *l1s]).sum(1).double().cpu()
     return dict(zip(("nats", "l1", "change"), (sums / len(x)).tolist()))

@@ -15,11 +15,11 @@ import torch
 from torch import nn
 
 from evaluate import (LABELINGS, add_joint, format_table, gather_sets, make_scorers, provenance,
-                      score_set, tabulate)
+                      score_set, tabulate, write_json)
 from moodcat import ImageMask, MoodCat, fold
-from paper.common import write_json
+from paper.common import Run
 from train_gen import Parser, run_script, to_float
-from train_scorer import load_classifier, load_run, train_scorer
+from train_scorer import load_classifier, train_scorer
 
 class StandIn(nn.Module):
     """In the generator's place: x' is images[y] (K, C, S, S), or, if there are none, x_m."""
@@ -50,18 +50,16 @@ def main(argv=None):
     add = parser.add_argument
     add("--ood", nargs="+", default=[], metavar="SET", help="as evaluate.py's")
     add("--verifier", metavar="RUN", help="the run of a second classifier of the same classes")
+    parser.set_defaults(scorers=["cb"], classifier=None)  # for Run
     args = parser.parse_args(argv)
-    G, about, train = load_run(args)
-    classifier, _, _ = load_classifier(args.run, None, args.device)
-    _, trained = make_scorers(["cb"], args, about, classifier)
-    own, sets = trained["cb"]["settings"], gather_sets(args, about, {})
+    run = Run(args)
+    G, about, train, classifier = run.G, run.about, run.train, run.classifier
+    own, sets = run.trained["cb"]["settings"], gather_sets(args, about, {})
     if len(sets) == 1:
         parser.error("no image is OOD: name OOD sets after --ood")
     scorers, content = {}, {name: {} for name in LABELINGS}
     if args.verifier:
-        second, _, classes = load_classifier(args.verifier, None, args.device)
-        if classes != about["settings"]["classes"]:
-            parser.error(f"{args.verifier} knows other classes")
+        second, _, _ = load_classifier(args.verifier, None, args.device, run.classes)
         scorers["second classifier"] = lambda x, x_fake, y: second(x).gather(1, y[:, None])[:, 0]
     for name, (made, ratio) in stand_ins(G, train, about["settings"]).items():
         at = argparse.Namespace(**{**vars(args), "run": str(Path(args.run, "limits", name))})

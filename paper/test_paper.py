@@ -32,7 +32,7 @@ def runs(tmp_path_factory):
         evaluate.main(run)
     wide = results(folder / "a-0")
     wide["settings"]["ch"] = 8
-    common.write_json(folder / "wide" / "results.json", wide)
+    evaluate.write_json(folder / "wide" / "results.json", wide)
     return folder
 
 def results(run, file="results.json"):

@@ -23,7 +23,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from evaluate import format_table, gather_sets, provenance, tabulate
+from evaluate import format_table, gather_sets, provenance, tabulate, write_json
 from train_gen import Parser, draw, parallel, run_script, to_float, training
 from train_scorer import augment, load_run
 
@@ -292,8 +292,7 @@ def main(argv=None):
         own.update({method.replace("MOOD", title): row for method, row in rows.items()})
     results = dict(provenance(), command=" ".join(["python -m related.mood", *sys.argv[1:]]),
                    settings=settings, n=n, predicted_labels=own)
-    path.with_suffix(".tmp").write_text(json.dumps(results, indent=1) + "\n")
-    path.with_suffix(".tmp").replace(path)
+    write_json(path, results)
     print(f"\nPercent; images: {n}\n{format_table({**beside, **own})}")
 
 if __name__ == "__main__":

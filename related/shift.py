@@ -32,7 +32,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from evaluate import baselines, format_table, gather_sets, provenance, tabulate
+from evaluate import baselines, format_table, gather_sets, provenance, tabulate, write_json
 from moodcat import random_mask
 from train_gen import Parser, Split, draw, run_script, to_float, training
 from train_scorer import augment, load_classifier, load_run, mismatched, predict
@@ -253,10 +253,8 @@ def main(argv=None):
     add("--models", nargs=2, default=MODELS, help="for clipseg and diffusion [%(default)s]")
     args = parser.parse_args(argv)
     G, about, split = load_run(args)
-    net, its_id, its_classes = load_classifier(args.run, args.classifier, args.device)
     data, classes, counts = about["settings"]["data"], split.classes, args.fakes or [FAKES]
-    if its_classes not in (None, classes):
-        raise ValueError(f"the classifier knows {its_classes}, the run {classes}")
+    net, its_id, _ = load_classifier(args.run, args.classifier, args.device, classes)
     if set(args.dev or []) & set(classes) or len(args.dev or "ab") < 2:
         raise ValueError("--dev takes two classes or more that the run does not know")
     if not 1 <= min(counts) <= max(counts) <= 99:
@@ -291,8 +289,7 @@ def main(argv=None):
                                  shift=dict(settings, steps=steps, fakes=counts)),
                    n=n, predicted_labels=own)
     path = Path(args.run, "shift_dev.json" if args.dev else "shift.json")
-    path.with_suffix(".tmp").write_text(json.dumps(results, indent=1) + "\n")
-    path.with_suffix(".tmp").replace(path)
+    write_json(path, results)
     beside = {} if args.dev else rows_beside(args.run, n, split.fingerprint, own["MSP"])
     print(f"\nPercent; images: {n}\n{format_table({**beside, **own})}")
 
