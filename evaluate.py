@@ -257,19 +257,6 @@ def draw_panel(path, detector, classes, blocks):
             ax.set_xlabel(words, color="tab:red" if ood else "black", parse_math=False)
     fig.savefig(path, dpi=100, bbox_inches="tight")
 
-def draw_roc(path, scored, methods):
-    """ROC curves, all OOD sets together."""
-    from matplotlib.figure import Figure
-    from sklearn.metrics import RocCurveDisplay
-    fig = Figure(figsize=(5, 5), layout="constrained")
-    ax = fig.subplots()
-    is_id = torch.cat([s["label"] for s in scored.values()]) >= 0
-    for method in methods:
-        score = torch.cat([s[method] for s in scored.values()])
-        RocCurveDisplay.from_predictions(is_id, score, name=method, ax=ax)
-    ax.set(xlabel="OOD images accepted", ylabel="in-distribution images accepted")
-    fig.savefig(path, dpi=100)
-
 # --- The two things this script does -------------------------------------------------------------
 def judge_images(args):
     """--images: a line for each of the user's pictures, and a panel of the most suspicious."""
@@ -336,8 +323,7 @@ def evaluate(args):
         some = np.random.default_rng(0).permutation(len(x))[:10]
         blocks.append((name, x[some], scored[name]["prediction"][some]))
     draw_panel(out / "panel.png", detector, classes, blocks)
-    draw_roc(out / "roc.png", scored, [c for c in methods_of(scored) if c != "ODIN"])
-    print(f"{out}: results.json, scores.csv, detector.pt, panel.png, roc.png")
+    print(f"{out}: results.json, scores.csv, detector.pt, panel.png")
 
 def report(args, out, detector, about, trained, scored, n_held):
     """Tables from the scores, written to OUT/results.json and printed."""

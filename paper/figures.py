@@ -4,7 +4,7 @@
     python -m paper.figures --run runs/digits --only method --out results
 
 method.png: Figure 2 redrawn, from the test image of median score of either kind. masks.png: Figure
-4 on the same images. histograms.png: scores.csv. curves.png: the logs of the trainings.
+4 on the same images. histograms.png, roc.png: scores.csv. curves.png: the logs of the trainings.
 """
 
 import json
@@ -94,6 +94,20 @@ def draw_histograms(args):
     fig.axes[0].legend()
     return fig
 
+def draw_roc(args):
+    """Each method's ROC curve, all OOD sets together."""
+    from sklearn.metrics import RocCurveDisplay
+    scored = read_scores(args.run)
+    methods, _ = methods_of(scored), scored.pop("held-out")
+    fig = Figure(figsize=(10, 10), layout="tight")
+    ax = fig.subplots()
+    is_id = torch.cat([s["label"] for s in scored.values()]) >= 0
+    for method in methods:
+        score = torch.cat([s[method] for s in scored.values()])
+        RocCurveDisplay.from_predictions(is_id, score, name=method, ax=ax)
+    ax.set(xlabel="OOD images accepted", ylabel="in-distribution images accepted")
+    return fig
+
 def draw_curves(args):
     """What RUN/*.jsonl log, against the step. Raises OSError if there is none."""
     logs = sorted(Path(args.run).glob("*.jsonl"))
@@ -108,7 +122,8 @@ def draw_curves(args):
         ax.legend()
     return fig
 
-FIGURES = dict(method=draw_method, masks=draw_masks, histograms=draw_histograms, curves=draw_curves)
+FIGURES = dict(method=draw_method, masks=draw_masks, histograms=draw_histograms, roc=draw_roc,
+               curves=draw_curves)
 
 def main(argv=None):
     """Read the command line."""
