@@ -76,13 +76,10 @@ def augment(x, mirror):
     """x (B, C, S, S) shifted at random by up to an eighth of the side and, if asked, mirrored."""
     B, _, S, _ = x.shape
     padded = F.pad(x, (S // 8,) * 4, mode="reflect")
-    shift = torch.randint(2 * (S // 8) + 1, (2, B, 1)).to(x.device)
-    rows = shift[0] + torch.arange(S, device=x.device)                           # (B, S)
-    cols = shift[1] + torch.arange(S, device=x.device)
-    if mirror:
-        cols = torch.where(torch.rand(B, 1).to(x.device) < 0.5, cols, cols.flip(1))
-    image = torch.arange(B, device=x.device)[:, None, None]
-    return padded.permute(0, 2, 3, 1)[image, rows[:, :, None], cols[:, None]].permute(0, 3, 1, 2)
+    down, right = torch.randint(2 * (S // 8) + 1, (2, B)).to(x.device)
+    crops = padded.unfold(2, S, 1).unfold(3, S, 1)         # (B, C, S/4 + 1, S/4 + 1, S, S), a view
+    x = crops[torch.arange(B, device=x.device), :, down, right]                     # (B, C, S, S)
+    return torch.where(torch.rand(B, 1, 1, 1).to(x.device) < 0.5, x, x.flip(3)) if mirror else x
 
 def train_classifier(args, settings, split):
     """Cross-entropy on the training images; writes RUN/classifier.pt, returns the net in eval()."""
@@ -153,13 +150,10 @@ def fingerprint(content):
 @torch.no_grad()
 def predict(classifier, x, num_classes, batch=256):
     """uint8 images (N, C, S, S) -> logits (N, K). Raises ValueError where the classifier fails."""
-    logits = torch.empty(len(x), num_classes, device=x.device)
     try:
-        for i in range(0, len(x), batch):
-            part = classifier(to_float(x[i:i + batch]))
-            if part.shape != logits[i:i + batch].shape:
-                raise TypeError(f"it returns {tuple(part.shape)} for {num_classes} classes")
-            logits[i:i + batch] = part
+        logits = torch.cat([classifier(to_float(part)).float() for part in x.split(batch)])
+        if logits.shape != (len(x), num_classes):
+            raise TypeError(f"it returns {tuple(logits.shape)} for {num_classes} classes")
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, AssertionError, AttributeError, TypeError) as error:
