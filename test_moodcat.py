@@ -486,21 +486,6 @@ def test_augment_shifts_and_mirrors_only_where_asked(mirror):
                  if torch.equal((padded, padded.flip(2))[side][:, i:i + 32, j:j + 32], crop)}
     assert len(seen) > 55 and {s[2] for s in seen} == ({0, 1} if mirror else {0})
 
-def test_airbench_starts_white_and_steps_at_three_rates():
-    net, x = train_scorer.make_classifier("airbench", (24, 8, 32), 5, 3), images(40, 3, 16)
-    speeds = train_scorer.start_airbench(net, x)
-    white = F.conv2d(x, net[0].weight).transpose(0, 1).flatten(1)             # (24, patches)
-    assert torch.allclose(white[:12] @ white[:12].T / white.shape[1], torch.eye(12), atol=0.02)
-    assert torch.equal(white[12:], -white[:12])
-    h = torch.randn(2, 8, 8, 8)
-    assert torch.equal(net[6](h), h) and torch.allclose(net[9](h)[:, :8], h)  # identities
-    assert sorted(map(id, sum(speeds.values(), []))) == sorted(
-        id(p) for p in net.parameters() if p.requires_grad)
-    gains = [layer.weight for layer in net if isinstance(layer, torch.nn.BatchNorm2d)]
-    assert not any(p.requires_grad for p in (net[0].weight, *gains))
-    assert [len(speeds[s]) for s in (1, 64, 1 / 81)] == [5, 4, 2]
-    assert net[-1].weight.abs().max() < 0.02
-
 def listing(folder):
     return {f: f.stat().st_mtime_ns for f in folder.rglob("*")}
 
@@ -606,7 +591,7 @@ def colour(folder, tmp_path):
     run, data = ["--run", tmp_path / "run", "--steps", 2], tmp_path / "data"
     shutil.copytree(folder, data)
     start(train_gen.main, *run, "--data", data, "--known-classes", "=1+1", "$x_{$", "--ch", 2)
-    start(train_scorer.main, *run, "--net", "airbench", "--classifier-steps", 2)
+    start(train_scorer.main, *run, "--net", "conv", "--classifier-steps", 2)
     return run[1]
 
 def test_odd_names_reach_tables_and_pictures_escaped(colour, folder, monkeypatch):

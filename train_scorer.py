@@ -26,14 +26,13 @@ from moodcat import FORMAT, BinaryScorer, Generator, fold, hinge_loss, load_chec
 from train_gen import (BETAS, LOG_EVERY, Parser, Split, draw, image_files, image_hashes, parallel,
                        read_images, run_script, to_float, training)
 
-# Settings of C_b, and of the classifiers: "conv" is a small convolutional net of these widths,
-# "airbench" a larger one by the recipe of Jordan (2024) for photographs, "resnet18" the paper's
-PRESETS = {"digits": dict(steps=500, ch=8, net="conv"),
-           "colour": dict(steps=40_000, ch=32, net="resnet18")}
-NETS = {"conv": ((8, 16, 32, 64), 300, 64, 0.1),  # widths, steps, batch, largest rate
-        "airbench": ((24, 64, 256, 256), 1_600, 512, 0.75),
-        "resnet18": (None, 8_500, 512, 0.4)}
+# Settings; net "conv" is a small convolutional net of these widths, "resnet18" the paper's
+PRESETS = {"digits": dict(steps=500, ch=8, net="conv", widths=(8, 16, 32, 64), classifier_steps=300,
+                          classifier_batch=64, classifier_rate=0.1),
+           "colour": dict(steps=40_000, ch=32, net="resnet18", widths=(24, 64, 256, 256),
+                          classifier_steps=8_500, classifier_batch=512, classifier_rate=0.4)}
 LR = 1e-3         # C_b's, down to 0 along a line; the paper's is 5e-5; for minutes to hours
+SMOOTHING = 0.1   # of the classifier's labels; its rate goes up and down once (SGD)
 VALIDATIONS = 5   # in a training of C_b
 
 # --- The classifier under protection -------------------------------------------------------------
@@ -53,25 +52,6 @@ def make_classifier(net, widths, num_classes, channels):
     layers += [nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(cout, num_classes)]
     return nn.Sequential(*layers)
 
-def start_airbench(net, x):
-    """Jordan's start (arXiv 2404.00498, section 3) by images x (N, C, S, S): a first layer that
-    whitens 2 x 2 patches, and stays; identity convolutions; batch norms without gain; small
-    logits. Returns the parameters by the factor of their learning rate."""
-    patches = F.unfold(x, 2).transpose(1, 2).flatten(0, 1)                    # (N (S - 1)^2, 4C)
-    values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
-    white = (vectors / (values + 1e-4).sqrt()).T.unflatten(1, (-1, 2, 2)).cpu()    # (4C, C, 2, 2)
-    net[0].weight.requires_grad_(False).copy_(torch.cat([white, -white]))
-    net[-1].weight.data /= 9
-    speeds = {1: [net[0].bias], 64: [], 1 / 81: list(net[-1].parameters())}
-    for layer in net[1:]:
-        if isinstance(layer, nn.BatchNorm2d):
-            layer.weight.requires_grad_(False)
-            speeds[64].append(layer.bias)
-        elif isinstance(layer, nn.Conv2d):
-            nn.init.dirac_(layer.weight.data[:layer.in_channels])
-            speeds[1].append(layer.weight)
-    return speeds
-
 def augment(x, mirror):
     """x (B, C, S, S) shifted at random by up to an eighth of the side and, if asked, mirrored."""
     B, _, S, _ = x.shape
@@ -84,23 +64,20 @@ def augment(x, mirror):
 def train_classifier(args, settings, split):
     """Cross-entropy on the training images; writes RUN/classifier.pt, returns the net in eval()."""
     torch.manual_seed(settings["seed"])
-    x_all, y_all, steps = split.x[~split.held], split.y[~split.held], settings["classifier_steps"]
-    net = make_classifier(settings["net"], settings["widths"], len(split.classes), x_all.shape[1])
-    speeds, momentum, decay, smoothing = {1: list(net.parameters())}, 0.9, 5e-4, 0.1
-    if settings["net"] == "airbench":
-        speeds = start_airbench(net, to_float(x_all[::len(x_all) // 5000 + 1]))
-        momentum, decay, smoothing = 0.85, 1.33e-3, 0.2
-    model = parallel(net, args.device)
-    opt = torch.optim.SGD([dict(params=p) for p in speeds.values()], 1.0, momentum, nesterov=True)
+    net = make_classifier(settings["net"], settings["widths"], len(split.classes), split.x.shape[1])
+    model, steps = parallel(net, args.device), settings["classifier_steps"]
+    opt = torch.optim.SGD(model.parameters(), 1.0, momentum=0.9, weight_decay=5e-4, nesterov=True)
+    x_all, y_all = split.x[~split.held], split.y[~split.held]
     for step, log in training(args, "classifier", settings, dict(classifier=net, opt=opt), steps):
         cycle = min((step + 0.5) / steps / 0.25, (1 - (step + 0.5) / steps) / 0.75)  # up and down
-        for group, speed in zip(opt.param_groups, speeds):  # at any speed, the same decay a step
-            group["lr"] = settings["classifier_rate"] * cycle * speed
-            group["weight_decay"] = decay / speed
+        opt.param_groups[0]["lr"] = settings["classifier_rate"] * cycle
         x, y = draw(settings["classifier_batch"], x_all, y_all)
+        x = augment(x, settings["mirror"])
+        if settings["mirror"]:  # photographs: no single part may decide ("cutout")
+            x, _ = random_mask(x)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=settings["bf16"]):
-            logits = model(augment(x, settings["mirror"]))
-        loss = F.cross_entropy(logits.float(), y, label_smoothing=smoothing)
+            logits = model(x)
+        loss = F.cross_entropy(logits.float(), y, label_smoothing=SMOOTHING)
         opt.zero_grad()
         loss.backward()
         opt.step()
@@ -255,18 +232,16 @@ def main(argv=None):
     parser = Parser(__doc__, steps="of C_b [digits 500, otherwise 40000]")
     add = parser.add_argument
     add("--classifier", metavar="FILE", help="another run's, or a program, instead of training")
-    add("--classifier-steps", type=int, help="[conv 300, airbench 1600, resnet18 8500]")
+    add("--classifier-steps", type=int, help="[digits 300, otherwise 8500]")
     add("--ch", type=int, help="C_b's channel multiplier [digits 8, otherwise 32]")
-    add("--net", choices=NETS, help="the classifier [digits conv, otherwise resnet18]")
-    add("--mirror", action="store_true", help="mirror images, and shift C_b's: not for text, signs")
+    add("--net", choices=["conv", "resnet18"], help="[digits conv, otherwise resnet18]")
+    add("--mirror", action="store_true", help="more of photographs: mirrored, shifted, masked")
     add("--extra", metavar="FOLDER", help="unlabeled images for a second C_b (section 3.6)")
     args = parser.parse_args(argv)
     G, about, split = load_run(args)
     K, preset = len(split.classes), PRESETS["digits" if split.x.shape[1] == 1 else "colour"]
-    steps, ch, net = (getattr(args, k) or preset[k] for k in ("steps", "ch", "net"))
-    widths, classifier_steps, batch, rate = NETS[net]
-    own = dict(net=net, widths=widths, classifier_batch=batch, classifier_rate=rate,
-               classifier_steps=args.classifier_steps or classifier_steps)
+    own = {k: getattr(args, k, None) or v for k, v in preset.items()}
+    steps, ch = own.pop("steps"), own.pop("ch")
     same = "classes", "channels", "image_size", "fingerprint", "n"
     settings = dict({k: about["settings"][k] for k in same}, seed=args.seed, bf16=args.bf16,
                     mirror=args.mirror)
