@@ -183,6 +183,11 @@ def tabulate(scored, methods, labeling):
         table[method] = rows
     return table
 
+def methods_of(scored):
+    """The score columns of {set: {column: (N,)}} that a table lists."""
+    return [c for c in next(iter(scored.values()))
+            if c not in ("label", "prediction") and not c.startswith("oracle ")]
+
 def format_table(table):
     """The rows of Table 1, in percent."""
     wide = max(map(len, table)) + 2
@@ -322,8 +327,7 @@ def evaluate(args):
 
 def report(args, out, detector, about, trained, scored, n_held):
     """Tables from the scores, written to OUT/results.json and printed."""
-    methods = [c for c in scored["in-distribution"]
-               if c not in ("label", "prediction") and not c.startswith("oracle ")]
+    methods = methods_of(scored)
     tables = {labeling: tabulate(scored, methods, labeling) for labeling in LABELINGS}
     n = {name: len(s["label"]) for name, s in scored.items()}
     own = detector.rule + " with energy" * ("energy" in detector.scorers)

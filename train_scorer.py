@@ -127,10 +127,13 @@ def fingerprint(content):
 @torch.no_grad()
 def predict(classifier, x, num_classes, batch=256):
     """uint8 images (N, C, S, S) -> logits (N, K). Raises ValueError where the classifier fails."""
+    logits = torch.empty(len(x), num_classes, device=x.device)
     try:
-        logits = torch.cat([classifier(to_float(part)).float() for part in x.split(batch)])
-        if logits.shape != (len(x), num_classes):
-            raise TypeError(f"it returns {tuple(logits.shape)} for {num_classes} classes")
+        for i in range(0, len(x), batch):
+            part = classifier(to_float(x[i:i + batch]))
+            if part.shape != logits[i:i + batch].shape:
+                raise TypeError(f"it returns {tuple(part.shape)} for {num_classes} classes")
+            logits[i:i + batch] = part
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, AssertionError, AttributeError, TypeError) as error:
@@ -235,7 +238,7 @@ def main(argv=None):
     add("--classifier-steps", type=int, help="[digits 300, otherwise 8500]")
     add("--ch", type=int, help="C_b's channel multiplier [digits 8, otherwise 32]")
     add("--net", choices=["conv", "resnet18"], help="[digits conv, otherwise resnet18]")
-    add("--mirror", action="store_true", help="more of photographs: mirrored, shifted, masked")
+    add("--mirror", action="store_true", help="mirror, shift, mask: not for text, signs")
     add("--extra", metavar="FOLDER", help="unlabeled images for a second C_b (section 3.6)")
     args = parser.parse_args(argv)
     G, about, split = load_run(args)

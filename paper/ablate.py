@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from evaluate import (LABELINGS, add_joint, format_table, gather_sets, provenance, tabulate,
-                      write_json)
+from evaluate import (LABELINGS, add_joint, format_table, gather_sets, methods_of, provenance,
+                      tabulate, write_json)
 from moodcat import RULES, ImageMask
-from paper.common import Run, methods_of, read_json, read_scores, run_parser
+from paper.common import Run, read_json, read_scores, run_parser
 from train_gen import run_script
 
 MASKS = (8, 4, 2, 1)

@@ -56,11 +56,6 @@ class Run:
         add_joint(scored, held, self.names)
         return scored
 
-def methods_of(scored):
-    """The score columns of {set: {column: (N,)}} that a table lists."""
-    return [c for c in next(iter(scored.values()))
-            if c not in ("label", "prediction") and not c.startswith("oracle")]
-
 def read_json(path):
     """A results file, as a dict. Raises OSError or ValueError."""
     if not Path(path).is_file():

@@ -19,10 +19,11 @@ import torch
 
 import train_gen
 import train_scorer
-from evaluate import LABELINGS, add_joint, provenance, score_set, tabulate, write_json
+from evaluate import (LABELINGS, add_joint, methods_of, provenance, score_set, tabulate,
+                      write_json)
 from moodcat import kl_divergence
 from paper import compare
-from paper.common import Run, methods_of, run_parser
+from paper.common import Run, run_parser
 
 MOST = 2000  # OOD images, evenly spaced
 SPLITS = dict(a=("0123", "45"), b=("2345", "01"), c=("0145", "23"))  # known, unknown digits

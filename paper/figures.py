@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
+from evaluate import methods_of
 from moodcat import MoodCat
 from paper.ablate import STYLES
-from paper.common import methods_of, read_scores, run_parser
+from paper.common import read_scores, run_parser
 from train_gen import Split, run_script, to_float
 from train_scorer import load_classifier, predict
 

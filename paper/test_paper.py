@@ -301,7 +301,8 @@ def test_bench_counts_what_the_paper_counts(monkeypatch):
 
 def test_pictures_are_written_and_not_too_wide(runs, tmp_path):
     figures.main(["--run", str(runs / "a-0"), "--out", str(tmp_path)])
-    assert {p.stem for p in tmp_path.glob("*.png")} == set(figures.FIGURES)
+    assert {p.stem for p in tmp_path.glob("*.png")} == {
+        "method", "masks", "histograms", "roc", "curves"}
     for path in tmp_path.glob("*.png"):
         with Image.open(path) as image:
             assert 600 <= image.width <= 1000 and np.asarray(image.convert("L")).std() > 10
