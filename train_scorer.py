@@ -72,11 +72,8 @@ def train_classifier(args, settings, split):
         cycle = min((step + 0.5) / steps / 0.25, (1 - (step + 0.5) / steps) / 0.75)  # up and down
         opt.param_groups[0]["lr"] = settings["classifier_rate"] * cycle
         x, y = draw(settings["classifier_batch"], x_all, y_all)
-        x = augment(x, settings["mirror"])
-        if settings["mirror"]:  # photographs: no single part may decide ("cutout")
-            x, _ = random_mask(x)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=settings["bf16"]):
-            logits = model(x)
+            logits = model(augment(x, settings["mirror"]))
         loss = F.cross_entropy(logits.float(), y, label_smoothing=SMOOTHING)
         opt.zero_grad()
         loss.backward()
@@ -238,7 +235,7 @@ def main(argv=None):
     add("--classifier-steps", type=int, help="[digits 300, otherwise 8500]")
     add("--ch", type=int, help="C_b's channel multiplier [digits 8, otherwise 32]")
     add("--net", choices=["conv", "resnet18"], help="[digits conv, otherwise resnet18]")
-    add("--mirror", action="store_true", help="mirror, shift, mask: not for text, signs")
+    add("--mirror", action="store_true", help="mirror images, and shift C_b's: not for text, signs")
     add("--extra", metavar="FOLDER", help="unlabeled images for a second C_b (section 3.6)")
     args = parser.parse_args(argv)
     G, about, split = load_run(args)
