@@ -5,10 +5,10 @@
     python -m related.mood --dev 4 5                             # no test image: to choose settings
 
 A ViT learns the visual tokens of masked patches (pt), then labels (ft). An image is OOD when its
-feature lies far, in Mahalanobis distance, from those of the training images. Rows: Table 4's stages
-(neither, pt, ft, pt+ft; "ft long": ft for the steps of both) by three distances, Table 5's metrics
-on the pt+ft net. Writes RUN/mood.json (mood_timm.json), and of each training RUN/mood_*.pt and its
-log. --dev takes known classes for unknown: others' held-out images against theirs, in RUN/dev-*.
+feature lies far, in Mahalanobis distance, from those of the training images. Rows: stages as in
+Table 4 (neither, pt, ft, pt+ft; "ft long": ft for the steps of both) by three distances, Table 5's
+metrics of pt+ft. Writes RUN/mood.json (mood_timm.json), RUN/mood_*.pt. --dev takes known classes
+for unknown: the others' held-out images against theirs, in RUN/dev-*.
 """
 
 import json
@@ -192,6 +192,7 @@ def stages(args, settings, images, y):
 # --- Scores (section 3.4, Table 5) ---------------------------------------------------------------
 def normalise(features):
     """features (N, D) -> the same directions, of length 1 (N, D)."""
+    features = torch.as_tensor(features)
     return features / (features.norm(dim=1, keepdim=True) + 1e-10)
 
 def mahalanobis(train, test, labels=None, kind="one"):
@@ -201,8 +202,7 @@ def mahalanobis(train, test, labels=None, kind="one"):
     covariance (MOODv2, features not normalised). Covariances divide by N. Raises ValueError."""
     train, test = (torch.as_tensor(t).detach().cpu().double() for t in (train, test))
     if kind not in ("one", "cc", "shared") or (kind != "one" and labels is None) or len(train) < 2:
-        raise ValueError(f"no distance {kind!r} from {len(train)} features: one, or with labels cc "
-                         "or shared, from two features of a class at least")
+        raise ValueError(f"no distance {kind!r}: one; or cc, shared of labels, two of each")
     labels = torch.zeros(len(train)) if kind == "one" else torch.as_tensor(labels).cpu()
     classes = [train[labels == c] for c in labels.unique()]
     if kind == "cc":
@@ -242,15 +242,15 @@ def score(stage, net, images, y, sets):
 
 def rows_beside(run, n, fingerprint):
     """Rows of RUN/results.json and, of the same classifier, shift.json, if about these images."""
-    table = {}
-    for file in (Path(run, "results.json"), Path(run, "shift.json")):
-        found = json.loads(file.read_text()) if file.exists() else dict(n=None)
-        rows = found.get("predicted_labels", {})
-        same = found["n"] == n and found["settings"]["fingerprint"] == fingerprint
-        if same and rows["MSP"] == table.get("MSP", rows["MSP"]):
-            table.update(rows)
-        elif found["n"]:
-            print(f"no rows of {file}: it is about other images or another classifier")
+    table, classifier = {}, None
+    for path in filter(Path.exists, (Path(run, "results.json"), Path(run, "shift.json"))):
+        found = json.loads(path.read_text())
+        images = found.get("n"), found.get("settings", {}).get("fingerprint")
+        if images == (n, fingerprint) and classifier in (None, found.get("classifier")):
+            table.update(found["predicted_labels"])
+            classifier = found.get("classifier")
+        else:
+            print(f"no rows of {path}: it is about other images or another classifier")
     return table
 
 def main(argv=None):
@@ -265,8 +265,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     _, about, split = load_run(args)
     classes = [c for c in split.classes if c not in args.dev]
-    if len(classes) < 2 or not set(args.dev) <= set(split.classes):
-        raise ValueError(f"--dev takes some of {', '.join(split.classes)} and must leave two")
+    if len(classes) < 2 or not set(args.dev) <= set(split.classes) or (args.dev and args.ood):
+        raise ValueError(f"--dev, without --ood, must leave two of {', '.join(split.classes)}")
     relabel = [classes.index(c) if c in classes else -1 for c in split.classes]
     y = torch.tensor(relabel, device=args.device)[split.y]
     pick = lambda rows: (split.x[rows], y[rows], None)
@@ -284,7 +284,6 @@ def main(argv=None):
     n = {name: len(x) for name, (x, _, _) in sets.items()}
     own, beside = {}, {} if args.dev else rows_beside(args.run, n, split.fingerprint)
     title, name = ("MOOD", "mood") if args.backbone == "vit" else (args.backbone, "mood_timm")
-    path = Path(args.run, f"{name}.json")
     for stage, net in stages(args, settings, *known).items():
         scored = score(stage, net, *known, sets)
         methods = [c for c in scored["in-distribution"] if c.startswith("MOOD")]
@@ -292,7 +291,9 @@ def main(argv=None):
         own.update({method.replace("MOOD", title): row for method, row in rows.items()})
     results = dict(provenance(), command=" ".join(["python -m related.mood", *sys.argv[1:]]),
                    settings=settings, n=n, predicted_labels=own)
-    write_json(path, results)
+    if args.backbone != "vit":
+        results["versions"]["timm"] = sys.modules["timm"].__version__
+    write_json(Path(args.run, f"{name}.json"), results)
     print(f"\nPercent; images: {n}\n{format_table({**beside, **own})}")
 
 if __name__ == "__main__":

@@ -9,9 +9,8 @@ frozen classifier's features to tell the result from the original (Figure 2).
     python -m related.shift --run runs/0123 --dev 4 5          # to choose settings: no test image
 
 Each --erase meets each --fill; random rectangles, the control, always do. --dev: held-out images
-against training images of classes that the run does not know. Writes into RUN shift.json (--dev:
-shift_dev.json), the fakes k = 0, 1, ... as fakes_<erase>_<fill>_<k>.pt and the networks as
-psi_<erase>_<fill>_<K>.pt. After an interruption, add --resume.
+against training images of classes that the run does not know. Writes RUN/shift.json (--dev:
+shift_dev.json), fakes_<erase>_<fill>_<k>.pt, k = 0, 1, ..., and psi_<erase>_<fill>_<K>.pt.
 
     symbol   meaning                                              shape, range
     x, y     training image, its class                            (B, C, S, S) in [-1, 1], (B,)
@@ -37,7 +36,7 @@ from moodcat import random_mask
 from train_gen import Parser, Split, draw, run_script, to_float, training
 from train_scorer import augment, load_classifier, load_run, mismatched, predict
 
-# Settings, chosen on development splits of the digits (README.md), not tried on colour images
+# Settings, chosen on development splits of the digits (results/DEVELOPMENT.md), colour untried
 LAMBDA = dict(cam=0.5, random=0.5, clipseg=0.2)  # clipseg: the paper's
 DILATION = 3          # pixels, odd; the code has 25 of 352
 CAM_STAGE = -1        # of the classifier's maps with more than one pixel; -1 is the last
@@ -106,7 +105,7 @@ def holes(P, threshold, dilation):
     """P (B, 1, S, S) -> hole (B, 1, S, S) bool, P >= lambda (Eq. 3) grown by a square of `dilation`
     (odd) pixels, and (B,) bool: did it cover LEAST of the image before it grew (the code)?"""
     hole = P >= threshold
-    there = hole.double().mean((1, 2, 3)) >= LEAST
+    there = hole.float().mean((1, 2, 3)) >= LEAST
     return F.max_pool2d(hole.float(), dilation, 1, dilation // 2) > 0, there
 
 # --- Fill: (x, hole, y) -> x~ --------------------------------------------------------------------
@@ -146,12 +145,12 @@ def diffusion(job):
 ERASE = dict(cam=cam, random=random, clipseg=clipseg)
 FILL = dict(zero=zero, patch=patch, generator=generator, diffusion=diffusion)
 
+OPTIONAL = dict(clipseg="transformers", diffusion="diffusers")
+
 def pretrained(package, kind, name):
-    """package.kind of that name, a folder or a model of the Hub. Raises ValueError or OSError."""
+    """package.kind of that name, a folder or a model of the Hub. Raises OSError."""
     try:
         return getattr(__import__(package), kind).from_pretrained(name)
-    except ImportError as error:
-        raise ValueError(f"{kind} needs pip install diffusers transformers ({error})") from error
     except Exception as error:  # downloads and damaged files fail in many ways
         raise OSError(f"no usable {name} ({error}): go online once, or name folders that hold both "
                       "after --models") from error
@@ -228,16 +227,16 @@ def score(classifier, networks, x, labels, num_classes):
     columns = {k: torch.cat([part[k].cpu() for part in parts]) for k in parts[0]}
     return dict(columns, label=labels.cpu())
 
-def rows_beside(run, n, fingerprint, msp):
+def rows_beside(run, n, fingerprint, classifier):
     """Rows of RUN/results.json, if of this classifier, and mood.json, if about these images."""
     table = {}
-    for file in (Path(run, "results.json"), Path(run, "mood.json")):
-        found = json.loads(file.read_text()) if file.exists() else dict(n=None)
-        alike = found["n"] == n and found["settings"]["fingerprint"] == fingerprint
-        if alike and found["predicted_labels"].get("MSP", msp) == msp:
+    for path in filter(Path.exists, (Path(run, "results.json"), Path(run, "mood.json"))):
+        found = json.loads(path.read_text())
+        images = found.get("n"), found.get("settings", {}).get("fingerprint")
+        if images == (n, fingerprint) and found.get("classifier", classifier) == classifier:
             table.update(found["predicted_labels"])
-        elif found["n"]:
-            print(f"no rows of {file}: it is about other images or another classifier")
+        else:
+            print(f"no rows of {path}: it is about other images or another classifier")
     return table
 
 def main(argv=None):
@@ -255,11 +254,16 @@ def main(argv=None):
     G, about, split = load_run(args)
     data, classes, counts = about["settings"]["data"], split.classes, args.fakes or [FAKES]
     net, its_id, _ = load_classifier(args.run, args.classifier, args.device, classes)
-    if set(args.dev or []) & set(classes) or len(args.dev or "ab") < 2:
-        raise ValueError("--dev takes two classes or more that the run does not know")
+    if args.dev and (set(args.dev) & set(classes) or len(args.dev) < 2 or args.ood):
+        raise ValueError("--dev takes two classes or more that the run does not know, no --ood")
     if not 1 <= min(counts) <= max(counts) <= 99:
         raise ValueError("--fakes takes numbers from 1 to 99")
-    predict(net, split.x[:1], len(classes))  # these two say what is wrong before anything is made
+    try:  # what does not work is noticed before anything is made
+        needed = [OPTIONAL[name] for name in (*args.erase, *args.fill) if name in OPTIONAL]
+        versions = {package: __import__(package).__version__ for package in needed}
+    except ImportError as error:
+        raise ValueError(f"this needs pip install diffusers transformers ({error})") from error
+    predict(net, split.x[:1], len(classes))
     maps(net, to_float(split.x[:1]))
     if args.dev:
         other = Split(data, "train", args.dev, split.x.shape[2], args.device).x
@@ -284,13 +288,12 @@ def main(argv=None):
     scored = {k: score(net, networks, *v[:2], len(classes)) for k, v in sets.items()}
     own = tabulate(scored, ["MSP", "ODIN", "EBO", *networks], "predicted_labels")
     n = {name: len(x) for name, (x, _, _) in sets.items()}
+    settings = dict(about["settings"], shift=dict(settings, steps=steps, fakes=counts))
     results = dict(provenance(), command=" ".join(["python -m related.shift", *sys.argv[1:]]),
-                   settings=dict(about["settings"],
-                                 shift=dict(settings, steps=steps, fakes=counts)),
-                   n=n, predicted_labels=own)
-    path = Path(args.run, "shift_dev.json" if args.dev else "shift.json")
-    write_json(path, results)
-    beside = {} if args.dev else rows_beside(args.run, n, split.fingerprint, own["MSP"])
+                   settings=settings, n=n, classifier=its_id, predicted_labels=own)
+    results["versions"].update(versions)
+    write_json(Path(args.run, "shift_dev.json" if args.dev else "shift.json"), results)
+    beside = {} if args.dev else rows_beside(args.run, n, split.fingerprint, its_id)
     print(f"\nPercent; images: {n}\n{format_table({**beside, **own})}")
 
 if __name__ == "__main__":

@@ -75,15 +75,17 @@ def test_blockwise_mask_check_values_and_never_larger_than_asked():
     assert mask.sum(1).tolist() == [0, 0, 0, 7, 6, 6, 8, 8, 8, 8, 6, 6, 6, 6]
     for grid in (14, 75, 16), (8, 24, 5), (4, 6, 1), (4, 1, 3):
         rng, count = random.Random(1), grid[1]
-        sums = [int(mood.blockwise_mask(*grid, rng).sum()) for _ in range(300)]
+        sums = [int(mood.blockwise_mask(*grid, rng).sum()) for _ in range(1000)]
         assert max(sums) <= count and (count == 1 or np.mean(sums) > 0.85 * count)
+        assert grid[0] < 14 or (min(sums) >= 60 and np.mean(sums) == pytest.approx(74.5, abs=0.3))
 
 def test_losses_check_values_and_masked_patches_only():
     y, logits = torch.tensor([0]), torch.tensor([[2.0, 1, 0]])
     assert mood.smoothed_loss(logits, y).item() == pytest.approx(0.507606, abs=1e-6)
     assert mood.smoothed_loss(logits, y, 0.0).item() == pytest.approx(0.407606, abs=1e-6)
-    floor = torch.tensor([[0.91] + [0.01] * 9]).log()  # p is the smoothed label
-    assert mood.smoothed_loss(floor, y).item() == pytest.approx(0.500288, abs=1e-6)
+    for n, least in (10, 0.500288), (30, 0.643202):  # p is the smoothed label
+        p = torch.full((1, n), 0.1 / n) + 0.9 * F.one_hot(y, n)
+        assert mood.smoothed_loss(p.log(), y).item() == pytest.approx(least, abs=1e-6)
     logits = torch.zeros(2, 16, 8192, requires_grad=True)
     tokens, mask = torch.randint(8192, (2, 16)), torch.rand(2, 16) < 0.4
     (loss := mood.mim_loss(logits, tokens, mask)).backward()
@@ -146,18 +148,32 @@ def test_mood_resumed_is_uninterrupted_and_scores_any_batch(tmp_path, monkeypatc
 
 def test_mood_end_to_end_and_bad_input(run, capsys, monkeypatch):
     few = ["--run", run, "--device", "cpu", "--steps", "3", "--finetune-steps", "2"]
-    mood.main(few)
+    stages, split = mood.stages, train_gen.Split("digits", "train", size=16)
+    def watched(args, settings, images, y):
+        assert torch.equal(images, split.x[~split.held])  # no held-out image trains
+        return stages(args, settings, images, y)
+    with monkeypatch.context() as patch:
+        patch.setattr(mood, "stages", watched)
+        mood.main(few)
     shown, saved = capsys.readouterr().out, json.loads(Path(run, "mood.json").read_text())
     rows = saved["predicted_labels"]
     assert all(name in shown for name in ("MSP", "cb", *rows)) and saved["n"]["unknown"] == 238
     assert {"MOOD neither cc", "MOOD ft long shared", "MOOD pt one",
             "MOOD ft one", "MOOD pt+ft one", "MOOD pt+ft GradNorm"} <= set(rows)
+    results = Path(run, "results.json")
+    whole = json.loads(results.read_text())
+    for change in (dict(n=dict(whole["n"], unknown=237)), dict(settings=dict(fingerprint="0"))):
+        results.write_text(json.dumps(dict(whole, **change)))
+        mood.main(few)
+        assert f"no rows of {results}" in (shown := capsys.readouterr().out) and "MSP" not in shown
+    results.write_text(json.dumps(whole))
     mood.main([*few, "--dev", "4", "5"])
     saved = json.loads(Path(run, "dev-4-5", "mood.json").read_text())
     assert saved["settings"]["classes"] == list("0123")
     assert "MSP" not in capsys.readouterr().out
-    with pytest.raises(ValueError, match="must leave two"):
-        mood.main([*few, "--dev", "0", "1", "2", "3", "4"])
+    for words in (["--dev", "0", "1", "2", "3", "4"], ["--dev", "4", "--ood", "svhn"]):
+        with pytest.raises(ValueError, match="must leave two"):
+            mood.main([*few, *words])
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(OSError, match="pip install timm"):
         mood.main([*few, "--backbone", "timm:beit_base_patch16_224.in22k_ft_in22k"])
@@ -278,6 +294,11 @@ def test_shift_end_to_end_and_bad_input(tmp_path, monkeypatch, capsys):
     train_scorer.main(["--run", run, "--steps", "1", "--classifier-steps", "100"])
     identity = lambda: train_scorer.load_classifier(run, None, "cpu")[1]
     before, flags = identity(), ["--run", run, "--steps", "12"]
+    make_fakes, split = shift.make_fakes, train_gen.Split("digits", "train", [*"0123"], 16)
+    def watched(job, *words):
+        assert torch.equal(job.x, split.x[~split.held])  # no held-out image trains
+        return make_fakes(job, *words)
+    monkeypatch.setattr(shift, "make_fakes", watched)
     read = lambda name: json.loads((tmp_path / "run" / name).read_text())
     shift.main([*flags, "--fill", "zero", "generator"])
     assert identity() == before
@@ -292,10 +313,18 @@ def test_shift_end_to_end_and_bad_input(tmp_path, monkeypatch, capsys):
     shift.main([*flags, "--fill", "zero"])
     again = read("shift.json")["predicted_labels"]
     assert all(again[k] == first[k] for k in again) and "\ncb " in capsys.readouterr().out
+    other_classifier = dict(read("results.json"), classifier="0")
+    (tmp_path / "run" / "results.json").write_text(json.dumps(other_classifier))
+    mood.main(["--run", run, "--steps", "3", "--finetune-steps", "2"])
+    assert f"no rows of {run}/shift.json" in (shown := capsys.readouterr().out) and "\ncb " in shown
+    shift.main([*flags, "--fill", "zero"])
+    assert f"no rows of {run}/results.json" in (shown := capsys.readouterr().out)
+    assert "\ncb " not in shown and "\nMOOD pt+ft one " in shown
     torch.jit.script(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(256, 4))).save(other)
     monkeypatch.setitem(sys.modules, "diffusers", None)
     for words, line in ((["--classifier", other], "spatial features"),
                         (["--dev", "3", "4"], "two classes"), (["--dev", "4"], "two classes"),
+                        (["--dev", "4", "5", "--ood", "svhn"], "no --ood"),
                         (["--fill", "diffusion"], "pip install"),
                         (["--fakes", "0"], "--fakes"), (["--fakes", "100"], "--fakes")):
         with pytest.raises(SystemExit) as end:
@@ -304,9 +333,9 @@ def test_shift_end_to_end_and_bad_input(tmp_path, monkeypatch, capsys):
 
 def test_shift_scores_do_not_depend_on_the_batch():
     it, psi = job(), shift.RejectionNetwork(64)
-    x, one = it.x.repeat(7, 1, 1, 1), to_float(it.x[3:4])
-    whole, alone = (shift.score(it.net, {"psi": psi}, t, t[:, 0, 0, 0], 3) for t in (x, x[3:4]))
-    assert all(torch.allclose(whole[k][3:44:40], alone[k].expand(2), atol=1e-5) for k in whole)
+    x, one = it.x.repeat(7, 1, 1, 1), to_float(it.x[39:])  # rows 39 and, in another batch, 279
+    whole, alone = (shift.score(it.net, {"psi": psi}, t, t[:, 0, 0, 0], 3) for t in (x, it.x[39:]))
+    assert all(torch.allclose(whole[k][39::240], alone[k].expand(2), atol=1e-5) for k in whole)
     assert torch.allclose(-psi(shift.feature(it.net, one)), alone["psi"], atol=1e-5)
 
 def test_shift_resumed_is_uninterrupted(tmp_path, monkeypatch):
