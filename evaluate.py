@@ -16,8 +16,6 @@ import copy
 import csv
 import itertools
 import json
-import math
-import platform
 import subprocess
 import sys
 import tempfile
@@ -39,7 +37,7 @@ DEFAULT_SCORERS = dict(digits=["cb", "ssim", "energy"],  # the paper's for colou
 TPR = 0.95                   # share of in-distribution images to accept
 ODIN_TEMPERATURE = 1000.0    # its paper's defaults; its step of 0.0014 is for images in [0, 1], ...
 ODIN_STEP = 2 * 0.0014       # ... ours span twice that
-# prefixes of the columns for either side; "oracle": true in-distribution, random for OOD
+# prefix of the score columns taken for in-distribution images, and for OOD images
 LABELINGS = dict(predicted_labels=("", ""),             # y = C(x), the headline
                  oracle_labels=("oracle ", "oracle "),  # the authors' code
                  true_in_distribution=("oracle ", ""))  # the truth where there is one, else C(x)
@@ -56,7 +54,7 @@ def ood_metrics(id_scores, ood_scores):
     scores, is_id = np.r_[inside, outside], np.arange(len(inside) + len(outside)) < len(inside)
     if not len(inside) or not len(outside) or not np.isfinite(scores).all():
         raise ValueError("metrics need finite scores of at least one image on each side")
-    threshold = np.sort(inside)[::-1][max(1, math.floor(0.95 * len(inside) + 1e-9)) - 1]
+    threshold = np.sort(inside)[::-1][max(1, int(0.95 * len(inside) + 1e-9)) - 1]
     aupr = lambda positive, s: float(auc(*precision_recall_curve(positive, s)[1::-1]))
     return dict(fpr95=float((outside >= threshold).mean()),
                 auroc=float(roc_auc_score(is_id, scores)),
@@ -149,7 +147,7 @@ def calibrate(detector, held, about, trained, classifier_id):
     weak = weaknesses(accuracy, len(classes), dict(generator=about, **trained))
     detector.calibration = dict(
         fit_calibration({k: held["EBO" if k == "energy" else k] for k in detector.scorers}, TPR),
-        about=dict(classifier=classifier_id, classes=classes, warnings=weak))
+        about=dict(classifier=classifier_id, classes=classes, warnings=[*weak]))
 
 def add_joint(scored, held, names):
     """In each set a column for each rule over `names`, without and with energy, by `held`."""
@@ -222,15 +220,12 @@ def write_json(path, content):
 
 def provenance():
     """What a number depends on beside its settings: command, revision of this code, versions."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+"]
-    try:
-        revision = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    except OSError:  # no git here
-        revision = ""
+    revision = subprocess.run("git describe --always --dirty=+", shell=True, text=True,
+                              cwd=Path(__file__).parent, capture_output=True).stdout.strip()
     packages = {p: version(p) for p in ("torch", "torchvision", "scikit-learn", "numpy")}
     command = " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
     return dict(command=command, revision=revision or "unknown",
-                versions=dict(packages, python=platform.python_version()),
+                versions=dict(packages, python=sys.version.split()[0]),
                 threads=torch.get_num_threads())
 
 # --- Pictures ------------------------------------------------------------------------------------
@@ -258,17 +253,9 @@ def draw_panel(path, detector, classes, blocks):
     fig.savefig(path, dpi=100, bbox_inches="tight")
 
 # --- The two things this script does -------------------------------------------------------------
-def judge_images(args):
+def judge_images(args, out):
     """--images: a line for each of the user's pictures, and a panel of the most suspicious."""
-    shipped = Path(__file__).resolve().parent / "results" / "digits"
-    out = Path(args.out or args.run)
-    if args.run == "runs/digits" and not Path(args.run).exists() and shipped.exists():
-        print(f"there is no {args.run}: the detector in {shipped} judges")
-        args.run, out = str(shipped), Path(args.out or ".")
-    out.mkdir(parents=True, exist_ok=True)
     path = Path(args.run, "detector.pt")
-    if not path.exists():
-        raise OSError(f"{path} does not exist: run evaluate.py first")
     classifier, classifier_id, _ = load_classifier(args.run, args.classifier, args.device)
     detector = MoodCat.load(path, args.device, classifier)
     about = (detector.calibration or {}).get("about")
@@ -279,8 +266,7 @@ def judge_images(args):
     want, files = detector.generator.settings, image_files(args.images)
     x = read_images(files, want["channels"], want["image_size"]).to(args.device)
     y = predict(classifier, x, want["num_classes"]).argmax(1)
-    parts = [detector.score(to_float(xs), ys) for xs, ys in zip(x.split(1024), y.split(1024))]
-    scores = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    scores = detector.score(to_float(x), y)
     ood = detector.rejects(scores)
     print("\t".join(["image", "prediction", *scores, "verdict"]))
     for i, file in enumerate(files):
@@ -291,11 +277,8 @@ def judge_images(args):
     draw_panel(out / "images.png", detector, about["classes"], blocks)
     print(f"{int(ood.sum())} of {len(files)} rejected; {out / 'images.png'}")
 
-def evaluate(args):
+def evaluate(args, out):
     """Calibrate and save the detector, score every set, write and print the numbers."""
-    out = Path(args.out or args.run)
-    out.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=out).close()  # what cannot be written is noticed before the work
     G, about, train = load_run(args)
     settings, classes = about["settings"], about["settings"]["classes"]
     classifier, classifier_id, _ = load_classifier(args.run, args.classifier, args.device, classes)
@@ -354,7 +337,6 @@ def report(args, out, detector, about, trained, scored, n_held):
           + ", ".join(f"{name} {share:.1%}" for name, share in flagged.items()))
 
 def main(argv=None):
-    """Read the command line."""
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--ood", nargs="+", default=[], metavar="SET", help="cifar10, cifar100, svhn, dtd, folders")
@@ -364,7 +346,12 @@ def main(argv=None):
     add("--out", metavar="FOLDER", help="for the results [RUN]")
     add("--images", metavar="PATH", help="judge a picture or a folder of them")
     args = parser.parse_args(argv)
-    judge_images(args) if args.images else evaluate(args)
+    out = Path(args.out or args.run)
+    if args.out:
+        out.mkdir(parents=True, exist_ok=True)
+    if out.exists():  # what cannot be written is noticed before the work
+        tempfile.TemporaryFile(dir=out).close()
+    judge_images(args, out) if args.images else evaluate(args, out)
 
 if __name__ == "__main__":
     run_script(main)

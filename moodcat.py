@@ -42,7 +42,7 @@ def random_mask(x, ratio=(0.1, 0.3), generator=None, u=None):
         raise ValueError(f"mask ratio {ratio} must lie in [0, 1], the smaller number first")
     H, W = x.shape[2:]
     u = torch.rand(len(x), 3, generator=generator) if u is None else u  # which, how far down, right
-    sides = torch.tensor(_rectangles(H, W, low, high))                        # (S, 2)
+    sides = _rectangles(H, W, low, high)                                      # (S, 2)
     h, w = sides[(u[:, 0] * len(sides)).long()].T[:, :, None]                 # (B, 1) each
     top, left = (u[:, 1:2] * (H - h + 1)).long(), (u[:, 2:3] * (W - w + 1)).long()
     rows, cols = torch.arange(H), torch.arange(W)
@@ -57,7 +57,8 @@ def _rectangles(H, W, low, high):
     or else nearest to it. Equal chances for each make area uniform and aspect log-uniform."""
     sides = [(h, w) for h in range(1, H + 1) for w in range(1, W + 1) if 0.4 <= h / w <= 2.5]
     off = [max(low * H * W - h * w, h * w - high * H * W, 0) for h, w in sides]
-    return [s for s, d in zip(sides, off) if d == min(off)] if high else [(0, 0)]
+    least = min(off)
+    return torch.tensor([s for s, d in zip(sides, off) if d == least] if high else [(0, 0)])
 
 class ImageMask:
     """The detector's mask f(x, i) -> (x_m, M): the i-th random_mask of an image, which depends on
@@ -126,8 +127,7 @@ class UpBlock(nn.Module):
         h = F.relu(self.norm1(x, e) if self.norm1 else x)                     # (B, cin, S, S)
         h = self.conv1(F.interpolate(h, scale_factor=2))                      # (B, cout, 2S, 2S)
         h = self.conv2(F.relu(self.norm2(h, e) if self.norm2 else h))
-        # a 1x1 convolution commutes with nearest-neighbour upsampling: convolve the small side
-        return h + F.interpolate(self.skip(x), scale_factor=2)
+        return h + F.interpolate(self.skip(x), scale_factor=2)  # upsampling commutes with 1x1
 
 class Decoder(nn.Module):
     """D: z (B, z_dim), y (B,) -> x' (B, channels, S, S) in [-1, 1]. The label enters through the
@@ -152,12 +152,11 @@ class Decoder(nn.Module):
 
 def _checked(**settings):
     """The settings of a net, or a ValueError for those that no net has; nothing is built yet."""
-    most = dict(num_classes=100_000, ch=256, image_size=512, channels=3, z_dim=4096)
+    allowed = dict(num_classes=range(1, 100_001), ch=range(1, 257), channels=(1, 3),
+                   image_size=range(16, 513, 8), z_dim=range(1, 4097))  # a multiple of 8
     for k, v in settings.items():
-        if type(v) is not int or not 1 <= v <= most[k] or (k, v) == ("channels", 2):
-            raise ValueError(f"{k} cannot be {v!r}: a whole number to {most[k]}, channels 1 or 3")
-        if k == "image_size" and (v % 8 or v < 16):
-            raise ValueError(f"image size {v} must be a multiple of 8, at least 16")
+        if type(v) is not int or v not in allowed[k]:
+            raise ValueError(f"{k} cannot be {v!r}, only one of {allowed[k]}")
     return settings
 
 class Generator(nn.Module):
@@ -287,7 +286,7 @@ def _pretrained(name, load):
             warnings.simplefilter("ignore", UserWarning)
             return load()
     except Exception as error:  # downloads and damaged files fail in many ways
-        raise OSError(f"no usable {WEIGHT_FILES[name]} ({str(error).splitlines()[0]}): put it into "
+        raise OSError(f"no usable {WEIGHT_FILES[name]} ({str(error)[:200]}): put it into "
                       f"{torch.hub.get_dir()}/checkpoints, or use --scorers cb ssim") from error
 
 def _for_perception(x):
@@ -313,8 +312,8 @@ class DISTS(nn.Module):
     (S1) and covariances structure (S2), mixed by learned weights alpha, beta. Raises OSError."""
     def __init__(self):
         super().__init__()
-        from torchvision.models import vgg16
-        vgg = _pretrained("vgg", lambda: vgg16(weights="IMAGENET1K_V1")).features
+        from torchvision import models, transforms
+        vgg = _pretrained("vgg", lambda: models.vgg16(weights="IMAGENET1K_V1")).features
         # cut at the max pools: L2 pooling takes their place
         self.stages = nn.ModuleList([vgg[0:4], vgg[5:9], vgg[10:16], vgg[17:23], vgg[24:30]])
         learned = _pretrained("dists", lambda: torch.hub.load_state_dict_from_url(
@@ -323,12 +322,11 @@ class DISTS(nn.Module):
         self.register_buffer("alpha", learned["alpha"].flatten())             # (1475,)
         self.register_buffer("beta", learned["beta"].flatten())
         self.register_buffer("window", torch.outer(window, window) / window.sum()**2)
-        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None])
-        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None])
+        self.normalise = transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 
     def _features(self, x):
         x = (_for_perception(x) + 1) / 2  # DISTS takes [0, 1]
-        features, h = [x], (x - self.mean) / self.std
+        features, h = [x], self.normalise(x)
         for i, stage in enumerate(self.stages):
             if i:
                 window = self.window.expand(h.shape[1], 1, 3, 3)
@@ -478,17 +476,16 @@ class MoodCat:
     def _check(self, x, y):
         """Images and labels on the detector's device, or a ValueError that says what is wrong."""
         K, S, C = (self.generator.settings[k] for k in ("num_classes", "image_size", "channels"))
-        if not torch.is_tensor(x) or not x.is_floating_point():
-            raise ValueError("images must be a float tensor in [-1, 1]; for uint8, x / 127.5 - 1")
-        if x.ndim != 4 or x.shape[1:] != (C, S, S) or not len(x):
-            raise ValueError(f"images are {tuple(x.shape)}, the detector takes (B, {C}, {S}, {S})")
-        x, y = x.to(self.device, torch.float32), torch.as_tensor(y).to(self.device)
-        if not ((x >= -1.001) & (x <= 1.001)).all():  # False for NaN, too
+        x, y = torch.as_tensor(x).to(self.device), torch.as_tensor(y).to(self.device)
+        if not x.is_floating_point() or x.shape[1:] != (C, S, S) or not len(x):
+            raise ValueError(f"the detector takes float images (B, {C}, {S}, {S}), not {x.dtype} "
+                             f"{tuple(x.shape)}; for uint8, x / 127.5 - 1")
+        if not (x.abs() <= 1.001).all():  # False for NaN, too
             raise ValueError("images must lie in [-1, 1] and be finite")
         whole = not y.is_floating_point() and y.dtype != torch.bool
         if y.shape != x.shape[:1] or not whole or ((y < 0) | (y >= K)).any():
             raise ValueError(f"labels must be integers, 0 to {K - 1}, of shape ({len(x)},)")
-        return x.clamp(-1, 1), y.long()
+        return x.float().clamp(-1, 1), y.long()
 
     def save(self, path):
         """All but the classifier and a mask other than ImageMask. Raises OSError, ValueError."""
@@ -525,17 +522,14 @@ WRITTEN_BY = dict(generator="train_gen.py", classifier="train_scorer.py", scorer
                   scorer_extra="train_scorer.py --extra FOLDER", detector="evaluate.py")
 
 def save_checkpoint(path, content):
-    """Write content, a dict with "kind", to a file beside `path`, then rename. Raises OSError."""
+    """Write content, a dict with "kind", beside `path`, then rename: an earlier one stays whole.
+    Raises OSError."""
     path, buffer = Path(path), io.BytesIO()
     torch.save({**content, "format": FORMAT, "torch": str(torch.__version__)}, buffer)
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(buffer.getbuffer())
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OSError(f"cannot write {path} ({error.strerror}); an earlier one is whole") from error
+    temporary.write_bytes(buffer.getbuffer())
+    temporary.replace(path)
 
 def load_checkpoint(path, kind, device="cpu"):
     """What save_checkpoint wrote. Raises OSError (missing), ValueError (damaged, of other kind)."""

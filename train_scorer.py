@@ -81,21 +81,20 @@ def train_classifier(args, settings, split):
         log(loss=loss.detach())
     return net.eval()
 
-def load_program(path, device):
-    """A TorchScript or torch.export file -> a callable. Raises OSError or ValueError."""
-    blob = Path(path).read_bytes()
-    inside = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
+def load_program(path, blob, device):
+    """A TorchScript or torch.export file of these bytes -> a callable. Raises ValueError."""
     try:
+        inside = " ".join(zipfile.ZipFile(io.BytesIO(blob)).namelist())
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch.jit announces its retirement
-            if any("/code/" in name for name in inside):
+            if "/code/" in inside:
                 return torch.jit.load(io.BytesIO(blob), map_location=device).eval()
-            if any("archive_format" in name or "exported_program" in name for name in inside):
+            if "archive_format" in inside or "exported_program" in inside:
                 from torch.export.passes import move_to_device_pass
                 return move_to_device_pass(torch.export.load(io.BytesIO(blob)), device).module()
+        raise TypeError("try torch.jit.trace(model.eval(), example).save(FILE)")
     except Exception as error:  # each loader fails in its own ways
-        raise ValueError(f"{path} cannot be loaded: {str(error).splitlines()[0]}") from error
-    raise ValueError(f"{path} is no program: try torch.jit.trace(model.eval(), example).save(FILE)")
+        raise ValueError(f"{path} is no usable program: {str(error)[:200]}") from error
 
 def load_classifier(run, file, device, expected=None):
     """RUN/classifier.pt, another run's or a program -> callable, images (B, C, S, S) in [-1, 1] to
@@ -104,7 +103,7 @@ def load_classifier(run, file, device, expected=None):
     path = Path(file or Path(run, "classifier.pt"))
     blob = path.read_bytes() if file else b""
     if file and FORMAT.encode() not in blob:  # a checkpoint says so, uncompressed
-        return load_program(path, device), fingerprint(blob), None
+        return load_program(path, blob, device), fingerprint(blob), None
     saved = load_checkpoint(path, "classifier", device)
     settings, classes = saved["settings"], saved["settings"]["classes"]
     if expected not in (None, classes):
@@ -198,17 +197,15 @@ def train_scorer(args, name, settings, split, G, extra=None):
 
 def weaknesses(accuracy, num_classes, checkpoints):
     """Why not to trust a detector: held-out accuracy, checkpoints {name: dict} -> lines."""
-    lines = []
     if accuracy < (1 + 1 / num_classes) / 2:
-        lines.append(f"the classifier is right on {accuracy:.0%} held out: does it take [-1, 1]?")
+        yield f"the classifier is right on {accuracy:.0%} held out: does it take [-1, 1]?"
     for name, saved in checkpoints.items():
         step, steps, auroc = saved["step"], saved["steps"], saved["log"].get("val_auroc", 1)
         passes = step * saved["settings"]["batch_size"] / saved["settings"]["n"]
         if step < steps or passes < 1:
-            lines.append(f"{name} stopped at step {step} of {steps}, after {passes:.2f} passes")
+            yield f"{name} stopped at step {step} of {steps}, after {passes:.2f} passes"
         if auroc < 0.6:
-            lines.append(f"{name} hardly tells right from mismatched labels: AUROC {auroc:.2f}")
-    return lines
+            yield f"{name} hardly tells right from mismatched labels: AUROC {auroc:.2f}"
 
 def load_run(args):
     """RUN/generator.pt -> G for inference, its checkpoint without weights, and its training split.
@@ -256,8 +253,7 @@ def main(argv=None):
                     ch=ch, steps=steps, generator=about["id"])
     name, extra = "scorer", None
     if args.extra:
-        x = read_images(image_files(args.extra), settings["channels"], settings["image_size"])
-        x = x.to(args.device)
+        x = read_images(image_files(args.extra), *split.x.shape[1:3]).to(args.device)
         settings.update(extra=args.extra, extra_hashes=image_hashes(x).tolist())
         name, extra = "scorer_extra", (x, predict(classifier, x, K).argmax(1))
         print(f"{len(x)} unlabeled images from {args.extra}")
