@@ -4,7 +4,7 @@
     python -m paper.ablate --run runs/digits --subsets       # Table 4 alone, from RUN/scores.csv
 """
 
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 
 import torch
@@ -54,16 +54,12 @@ STYLES = {"none": StyledMask("none"), "fixed 0.1": StyledMask("fixed", 0.1),
 
 def subsets(scored, held, names):
     """To each set of scores the joint scores of every subset of the scorers `names` (Table 4), as
-    columns "cb+ssim min-p" and so on; one alone is its own. Returns the columns."""
-    columns = list(names)
+    columns "cb+ssim min-p" and so on; one alone is its own."""
     for own in [own for n in range(2, len(names) + 1) for own in combinations(names, n)]:
         copies = {key: dict(s) for key, s in scored.items()}
         add_joint(copies, held, list(own))
-        for rule in RULES:
-            columns.append(f"{'+'.join(own)} {rule}")
-            for key, s in scored.items():
-                s.update({p + columns[-1]: copies[key][p + rule] for p in ("", "oracle ")})
-    return columns
+        for rule, (key, s) in product(RULES, scored.items()):
+            s.update({f"{p}{'+'.join(own)} {rule}": copies[key][p + rule] for p in ("", "oracle ")})
 
 def main(argv=None):
     """Score the run under every variation, write RUN/ablation.json, print the tables."""
@@ -84,8 +80,8 @@ def main(argv=None):
             scored = run.score(detector, held, sets)
             content[title] = tabulate(scored, methods_of(scored), "predicted_labels")
     names = ["EBO" if name == "energy" else name for name in names]  # energy's column
-    columns = subsets(scored, held, names)
-    content.update({f"subsets, {k}": tabulate(scored, columns, k) for k in LABELINGS})
+    subsets(scored, held, names)
+    content.update({f"subsets, {k}": tabulate(scored, methods_of(scored), k) for k in LABELINGS})
     for title, table in content.items():
         print(f"\n{title}\n{format_table(table)}")
     old = read_json(path) if path.exists() else {}
