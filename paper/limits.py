@@ -1,22 +1,24 @@
-"""What limits the detector: C_b anew on stand-ins for x', and a second classifier in C_b's place.
+"""What limits the detector: stand-ins for x', and a second classifier in C_b's place.
 
     python -m paper.limits --run RUN --steps 4000 --bf16 --ood FOLDER     # writes RUN/limits.json
     python -m paper.limits ... --verifier RUN2                            # RUN2/classifier.pt, too
 
 Each C_b trains like the run's own, for --steps, into RUN/limits/: on x' = G(x_m, y), on x' = x, on
-the mean training image of class y, and on x' = 0, which leaves it x and y alone. After an
-interruption add --resume. Fisher's method joins each with the classifier's energy alone.
+the mean training image of class y, and on x' = 0, which leaves it x and y alone. SSIM compares x
+with x', with that mean image, and with x itself at half its size. After an interruption add
+--resume. Fisher's method joins each with the classifier's energy alone.
 """
 
 import argparse
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from evaluate import (LABELINGS, add_joint, format_table, gather_sets, make_scorers, provenance,
                       score_set, tabulate, write_json)
-from moodcat import ImageMask, MoodCat, fold
+from moodcat import ImageMask, MoodCat, fold, ssim
 from paper.common import Run
 from train_gen import Parser, run_script, to_float
 from train_scorer import load_classifier, train_scorer
@@ -61,7 +63,13 @@ def main(argv=None):
     if args.verifier:
         second, _, _ = load_classifier(args.verifier, None, args.device, run.classes)
         scorers["second classifier"] = lambda x, x_fake, y: second(x).gather(1, y[:, None])[:, 0]
-    for name, (made, ratio) in stand_ins(G, train, about["settings"]).items():
+    made_by = stand_ins(G, train, about["settings"])
+    mean = lambda x, y: made_by["class mean"][0](x, y)[0]
+    half = lambda x: F.interpolate(F.avg_pool2d(x, 2), x.shape[2:], mode="bilinear")
+    scorers.update({"SSIM to synthesis": lambda x, x_fake, y: ssim(x, x_fake),
+                    "SSIM to class mean": lambda x, x_fake, y: ssim(x, mean(x, y)),
+                    "SSIM to x at half its size": lambda x, x_fake, y: ssim(x, half(x))})
+    for name, (made, ratio) in made_by.items():
         at = argparse.Namespace(**{**vars(args), "run": str(Path(args.run, "limits", name))})
         settings = dict(own, seed=args.seed, bf16=args.bf16, mask_ratio=ratio,
                         steps=args.steps or own["steps"], mirror=own.get("mirror", False),

@@ -352,7 +352,9 @@ def test_stand_ins_show_what_they_say_and_a_verifier_scores_labels(runs, tmp_pat
     limits.main(["--run", str(run), "--steps", "2", "--verifier", str(run)])
     rows = results(run, "limits.json")
     assert set(rows["predicted_labels"]) == {"EBO", *(n + e for n in (
-        *(f"C_b on {name}" for name in made), "second classifier") for e in ("", ", with energy"))}
+        *(f"C_b on {name}" for name in made), "second classifier", "SSIM to synthesis",
+        "SSIM to class mean", "SSIM to x at half its size") for e in ("", ", with energy"))}
+    assert rows["predicted_labels"]["SSIM to synthesis"] == results(run)["predicted_labels"]["ssim"]
     # the classifier's own logit is its largest one, which orders much as its energy does
     assert rows["predicted_labels"]["second classifier"]["unknown"]["auroc"] == pytest.approx(
         rows["predicted_labels"]["EBO"]["unknown"]["auroc"], abs=0.05)
