@@ -37,7 +37,7 @@ DEFAULT_SCORERS = dict(digits=["cb", "ssim", "energy"],  # the paper's for colou
 TPR = 0.95                   # share of in-distribution images to accept
 ODIN_TEMPERATURE = 1000.0    # its paper's defaults; its step of 0.0014 is for images in [0, 1], ...
 ODIN_STEP = 2 * 0.0014       # ... ours span twice that
-# prefix of the score columns taken for in-distribution images, and for OOD images
+# prefixes of the columns for either side; "oracle": true in-distribution, random for OOD
 LABELINGS = dict(predicted_labels=("", ""),             # y = C(x), the headline
                  oracle_labels=("oracle ", "oracle "),  # the authors' code
                  true_in_distribution=("oracle ", ""))  # the truth where there is one, else C(x)
@@ -147,7 +147,7 @@ def calibrate(detector, held, about, trained, classifier_id):
     weak = weaknesses(accuracy, len(classes), dict(generator=about, **trained))
     detector.calibration = dict(
         fit_calibration({k: held["EBO" if k == "energy" else k] for k in detector.scorers}, TPR),
-        about=dict(classifier=classifier_id, classes=classes, warnings=[*weak]))
+        about=dict(classifier=classifier_id, classes=classes, warnings=weak))
 
 def add_joint(scored, held, names):
     """In each set a column for each rule over `names`, without and with energy, by `held`."""
@@ -256,6 +256,8 @@ def draw_panel(path, detector, classes, blocks):
 def judge_images(args, out):
     """--images: a line for each of the user's pictures, and a panel of the most suspicious."""
     path = Path(args.run, "detector.pt")
+    if not path.exists():
+        raise OSError(f"{path} does not exist: run evaluate.py first")
     classifier, classifier_id, _ = load_classifier(args.run, args.classifier, args.device)
     detector = MoodCat.load(path, args.device, classifier)
     about = (detector.calibration or {}).get("about")
@@ -266,7 +268,8 @@ def judge_images(args, out):
     want, files = detector.generator.settings, image_files(args.images)
     x = read_images(files, want["channels"], want["image_size"]).to(args.device)
     y = predict(classifier, x, want["num_classes"]).argmax(1)
-    scores = detector.score(to_float(x), y)
+    parts = [detector.score(to_float(xs), ys) for xs, ys in zip(x.split(1024), y.split(1024))]
+    scores = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     ood = detector.rejects(scores)
     print("\t".join(["image", "prediction", *scores, "verdict"]))
     for i, file in enumerate(files):
@@ -337,6 +340,7 @@ def report(args, out, detector, about, trained, scored, n_held):
           + ", ".join(f"{name} {share:.1%}" for name, share in flagged.items()))
 
 def main(argv=None):
+    """Read the command line."""
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--ood", nargs="+", default=[], metavar="SET", help="cifar10, cifar100, svhn, dtd, folders")
@@ -346,6 +350,11 @@ def main(argv=None):
     add("--out", metavar="FOLDER", help="for the results [RUN]")
     add("--images", metavar="PATH", help="judge a picture or a folder of them")
     args = parser.parse_args(argv)
+    shipped = Path(__file__).resolve().parent / "results" / "digits"
+    missing = args.run == "runs/digits" and not Path(args.run).exists()
+    if args.images and missing and shipped.exists():
+        print(f"there is no {args.run}: the detector in {shipped} judges")
+        args.run, args.out = str(shipped), args.out or "."
     out = Path(args.out or args.run)
     if args.out:
         out.mkdir(parents=True, exist_ok=True)

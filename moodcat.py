@@ -127,7 +127,8 @@ class UpBlock(nn.Module):
         h = F.relu(self.norm1(x, e) if self.norm1 else x)                     # (B, cin, S, S)
         h = self.conv1(F.interpolate(h, scale_factor=2))                      # (B, cout, 2S, 2S)
         h = self.conv2(F.relu(self.norm2(h, e) if self.norm2 else h))
-        return h + F.interpolate(self.skip(x), scale_factor=2)  # upsampling commutes with 1x1
+        # a 1x1 convolution commutes with nearest-neighbour upsampling: convolve the small side
+        return h + F.interpolate(self.skip(x), scale_factor=2)
 
 class Decoder(nn.Module):
     """D: z (B, z_dim), y (B,) -> x' (B, channels, S, S) in [-1, 1]. The label enters through the
@@ -152,11 +153,12 @@ class Decoder(nn.Module):
 
 def _checked(**settings):
     """The settings of a net, or a ValueError for those that no net has; nothing is built yet."""
-    allowed = dict(num_classes=range(1, 100_001), ch=range(1, 257), channels=(1, 3),
-                   image_size=range(16, 513, 8), z_dim=range(1, 4097))  # a multiple of 8
+    most = dict(num_classes=100_000, ch=256, image_size=512, channels=3, z_dim=4096)
     for k, v in settings.items():
-        if type(v) is not int or v not in allowed[k]:
-            raise ValueError(f"{k} cannot be {v!r}, only one of {allowed[k]}")
+        if type(v) is not int or not 1 <= v <= most[k] or (k, v) == ("channels", 2):
+            raise ValueError(f"{k} cannot be {v!r}: a whole number to {most[k]}, channels 1 or 3")
+        if k == "image_size" and (v % 8 or v < 16):
+            raise ValueError(f"image size {v} must be a multiple of 8, at least 16")
     return settings
 
 class Generator(nn.Module):
@@ -476,16 +478,17 @@ class MoodCat:
     def _check(self, x, y):
         """Images and labels on the detector's device, or a ValueError that says what is wrong."""
         K, S, C = (self.generator.settings[k] for k in ("num_classes", "image_size", "channels"))
-        x, y = torch.as_tensor(x).to(self.device), torch.as_tensor(y).to(self.device)
-        if not x.is_floating_point() or x.shape[1:] != (C, S, S) or not len(x):
-            raise ValueError(f"the detector takes float images (B, {C}, {S}, {S}), not {x.dtype} "
-                             f"{tuple(x.shape)}; for uint8, x / 127.5 - 1")
+        if not torch.is_tensor(x) or not x.is_floating_point():
+            raise ValueError("images must be a float tensor in [-1, 1]; for uint8, x / 127.5 - 1")
+        if x.shape[1:] != (C, S, S) or not len(x):
+            raise ValueError(f"images are {tuple(x.shape)}, the detector takes (B, {C}, {S}, {S})")
+        x, y = x.to(self.device, torch.float32), torch.as_tensor(y).to(self.device)
         if not (x.abs() <= 1.001).all():  # False for NaN, too
             raise ValueError("images must lie in [-1, 1] and be finite")
         whole = not y.is_floating_point() and y.dtype != torch.bool
         if y.shape != x.shape[:1] or not whole or ((y < 0) | (y >= K)).any():
             raise ValueError(f"labels must be integers, 0 to {K - 1}, of shape ({len(x)},)")
-        return x.float().clamp(-1, 1), y.long()
+        return x.clamp(-1, 1), y.long()
 
     def save(self, path):
         """All but the classifier and a mask other than ImageMask. Raises OSError, ValueError."""
@@ -522,14 +525,17 @@ WRITTEN_BY = dict(generator="train_gen.py", classifier="train_scorer.py", scorer
                   scorer_extra="train_scorer.py --extra FOLDER", detector="evaluate.py")
 
 def save_checkpoint(path, content):
-    """Write content, a dict with "kind", beside `path`, then rename: an earlier one stays whole.
-    Raises OSError."""
+    """Write content, a dict with "kind", to a file beside `path`, then rename. Raises OSError."""
     path, buffer = Path(path), io.BytesIO()
     torch.save({**content, "format": FORMAT, "torch": str(torch.__version__)}, buffer)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_bytes(buffer.getbuffer())
-    temporary.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(buffer.getbuffer())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"cannot write {path} ({error.strerror}); an earlier one is whole") from error
 
 def load_checkpoint(path, kind, device="cpu"):
     """What save_checkpoint wrote. Raises OSError (missing), ValueError (damaged, of other kind)."""

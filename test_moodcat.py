@@ -538,20 +538,23 @@ def test_trainings_learn_and_evaluate_writes_numbers_that_agree(run):
         ood = column(rows, "fisher with energy", name) < threshold
         assert ood.double().mean() == pytest.approx(share)
 
-def test_images_get_the_detectors_verdicts(run, folder, tmp_path, capsys):
-    """issue: names with tabs; nothing in the run is written over."""
-    mine, before = write_images(tmp_path / "mine", 1), listing(run)
+def test_images_get_the_detectors_verdicts(run, folder, tmp_path, monkeypatch, capsys):
+    """issue: names with tabs; nothing in the results of the checkout is written over."""
+    shutil.copytree(run, tmp_path / "results" / "digits")
+    mine, before = write_images(tmp_path / "here" / "mine", 1), listing(tmp_path / "results")
     (mine / "000.png").rename(mine / "a\tb.png")
+    monkeypatch.chdir(tmp_path / "here")  # no runs/digits: the shipped detector judges
+    monkeypatch.setattr(evaluate, "__file__", str(tmp_path / "evaluate.py"))
     classifier, _, _ = train_scorer.load_classifier(run, None, "cpu")
-    for path, n in (folder / "ood", 8), (mine, 1):
-        start(evaluate.main, "--images", path, "--run", run, "--out", tmp_path / "out")
+    for path, n, argv in ((folder / "ood", 8, ["--run", run, "--out", "out"]), (mine, 1, [])):
+        start(evaluate.main, "--images", path, *argv)
         lines = [ln.split("\t") for ln in capsys.readouterr().out.splitlines() if "\t" in ln]
         x = to_float(read_images(image_files(path), 1, 16))
         detector = MoodCat.load(run / "detector.pt", classifier=classifier)
         ood = detector.is_ood(x, classifier(x).argmax(1)).tolist()
         assert [ln[-1] for ln in lines[1:]] == ["OOD" if o else "in-distribution" for o in ood]
         assert len(lines) == n + 1 and len({len(ln) for ln in lines}) == 1
-    assert listing(run) == before and (tmp_path / "out" / "images.png").exists()
+    assert listing(tmp_path / "results") == before and Path("out/images.png").exists()
 
 def test_the_second_run_goes_on_with_what_is_left(copy, capsys, monkeypatch):
     """issue: the quickstart's second run was an error; a picture that failed took the numbers."""
@@ -675,7 +678,7 @@ def test_a_detector_that_cannot_work_says_so(folder, tmp_path, capsys):
         assert any("classifier is right on" in ln for ln in warnings)
         assert any("generator" in ln and "0.18 passes" in ln for ln in warnings)
     fine = dict(step=9, steps=9, settings=dict(batch_size=1, n=9), log=dict(val_auroc=0.9))
-    assert not [*train_scorer.weaknesses(0.99, 6, dict(cb=fine))]
+    assert not train_scorer.weaknesses(0.99, 6, dict(cb=fine))
     for bad, words in ((dict(log=dict(val_auroc=0.55)), "AUROC 0.55"), (dict(steps=10), "9 of 10")):
         assert any(words in ln for ln in train_scorer.weaknesses(0.99, 6, dict(cb={**fine, **bad})))
 
@@ -829,7 +832,7 @@ def test_mistakes_end_in_one_line(run, folder, tmp_path):
     write_images(tmp_path / "train" / "b", 4)
     assert "needs 40" in complaint(gen, *new, *data)
     for words, main, argv in (
-            ("range(16, 513, 8)", gen, [*new, "--image-size", 30]),
+            ("multiple of 8", gen, [*new, "--image-size", 30]),
             ("no class 'zebra'", gen, [*new, "--known-classes", 0, "zebra"]),
             ("--steps 0 is too small", gen, [*new, "--steps", 0]),
             ("--kl-weight 0.0 is too small", gen, [*new, "--kl-weight", 0]),
@@ -840,7 +843,7 @@ def test_mistakes_end_in_one_line(run, folder, tmp_path):
             ("no scorer 'psnr'", eva, [*old, "--scorers", "psnr"]),
             ("holds no images", eva, [*old, "--ood", HERE / "paper"]),
             ("two sets 'test/1'", eva, [*old, "--ood", *[folder / "test" / "1"] * 2]),
-            ("run train_scorer.py", eva, [*new, "--images", folder])):
+            ("run evaluate.py", eva, [*new, "--images", folder])):
         line = complaint(main, *argv)
         assert words in line and line.startswith("error: "), argv
 

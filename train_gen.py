@@ -26,8 +26,8 @@ from PIL import Image, ImageOps
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from moodcat import (Generator, UNetDiscriminator, discriminator_loss, generator_loss,
-                     kl_divergence, load_checkpoint, random_mask, save_checkpoint)
+from moodcat import (WEIGHT_FILES, Generator, UNetDiscriminator, discriminator_loss,
+                     generator_loss, kl_divergence, load_checkpoint, random_mask, save_checkpoint)
 
 # Settings. The paper: Adam (0, 0.999), 5e-5 for all nets, batch 96, ch 32, and every term of Eq. 6
 # with weight 1. The authors' code: 2 l1, 3 l2, 5 SSIM, 4 KL as a mean over the 128 dimensions.
@@ -100,25 +100,30 @@ def fit_image(image, channels, size):
         full = min(n for n in (255, 4095, 65535) if n >= a.max())
         image = Image.fromarray((a * 255 // full).astype(np.uint8))
     image = ImageOps.exif_transpose(image).convert("RGB" if channels == 3 else "L")
-    image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
+    if image.size != (size, size):
+        image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
     return np.asarray(image).reshape(size, size, channels).transpose(2, 0, 1)
 
 def read_images(images, channels, size=None):
     """PIL images or file names -> uint8 (N, channels, size, size); size None: their own, as a
     multiple of 8 from 16 to 64. One that cannot be read raises OSError: to skip changes every n."""
-    opened = lambda image: Image.open(image) if isinstance(image, str) else image
-    if size is None:
-        side = int(np.median([min(opened(i).size) for i in images[::len(images) // 50 + 1]]))
-        size = min(max(round(side / 8) * 8, 16), 64)
-        print(f"images of {side} px are taken at {size} px: --image-size changes that")
-    x, bad = np.zeros((len(images), channels, size, size), np.uint8), {}
+    bad, x = {}, None
 
     def read(i):
         try:
-            x[i] = fit_image(opened(images[i]), channels, size)
+            image = Image.open(images[i]) if isinstance(images[i], str) else images[i]
+            if x is None:
+                return min(image.size)
+            x[i] = fit_image(image, channels, size)
         except Exception as error:  # damaged files fail in many ways; the first is reported below
             bad[i] = error
 
+    if size is None:
+        sides = [s for s in map(read, range(0, len(images), len(images) // 50 + 1)) if s]
+        side = int(np.median(sides or [32]))
+        size = min(max(round(side / 8) * 8, 16), 64)
+        print(f"images of {side} px are taken at {size} px: --image-size changes that")
+    x = np.zeros((len(images), channels, size, size), np.uint8)
     with ThreadPool() as pool:
         pool.map(read, range(len(x)))
     if bad:
@@ -212,7 +217,7 @@ def run_script(main):
     sys.stdout.reconfigure(errors="backslashreplace")  # file names may be anything
     try:
         main()
-    except (ValueError, OSError, Image.DecompressionBombError) as error:
+    except (ValueError, OSError) as error:
         sys.exit("error: " + " ".join(str(error).split()))
     except (MemoryError, torch.OutOfMemoryError):
         sys.exit("error: too little memory: lower --batch-size, --image-size or the images' number")
@@ -264,26 +269,32 @@ def training(args, name, settings, parts, steps):
     saved_at = time.time()
     before = signal.signal(signal.SIGINT, lambda *_: stopped.fill_(1))
     pace = 0.5 if sys.stderr.isatty() else 10  # seconds between updates of the bar
-    bar = tqdm(range(first, steps), name, steps, initial=first, mininterval=pace, disable=RANK > 0)
+    bar = tqdm(total=steps, initial=first, desc=name, mininterval=pace, disable=RANK > 0)
+    if RANK == 0:
+        file.truncate(0)
+    file.writelines(lines)  # without those after the checkpoint
     try:
-        for step in bar:
+        for step in range(first, steps):
             torch.manual_seed((settings["seed"] * 1_000_003 + step) * WORLD + RANK)
             fresh, last = {}, step == steps - 1
             yield step, fresh.update
+            bar.update()
             if step % LOG_EVERY == LOG_EVERY - 1 or last:
                 fresh = {k: float(v) for k, v in fresh.items()}
                 values.update(fresh)
                 lines.append(json.dumps(dict(step=step + 1, **fresh)) + "\n")
+                file.write(lines[-1])
+                file.flush()
                 bar.set_postfix({k: f"{v:.3f}" for k, v in values.items()}, refresh=False)
             if WORLD > 1:
                 dist.all_reduce(stopped)
             if stopped or last or time.time() - saved_at > SAVE_SECONDS:
-                if not all(p.isfinite().all() for net in nets for p in net.parameters()):
-                    raise ValueError(f"a weight is not finite at step {step + 1}; {path} is as it "
-                                     "was: lower the learning rate in the script")
+                numbers = [*values.values(), *(p for net in nets for p in net.parameters())]
+                if not all(torch.as_tensor(v).isfinite().all() for v in numbers):
+                    raise ValueError(f"a loss or weight is not finite at step {step + 1}; {path} "
+                                     "is as it was: lower the learning rate in the script")
                 states = {k: part.state_dict() for k, part in parts.items()}
                 if RANK == 0:
-                    path.with_suffix(".jsonl").write_text("".join(lines))
                     save_checkpoint(path, dict(states, kind=name, step=step + 1, steps=steps,
                                                settings=settings, lines=lines, log=values))
                 saved_at = time.time()
@@ -294,6 +305,7 @@ def training(args, name, settings, parts, steps):
     finally:
         signal.signal(signal.SIGINT, before)
         file.close()
+        bar.close()
 
 # --- Training (Algorithm 1) ----------------------------------------------------------------------
 def train_step(G, D, opt_g, opt_d, x, x_m, y, kl_weight, bf16=False):
@@ -336,8 +348,9 @@ def main(argv=None):
     preset = PRESETS["digits" if data == "digits" else "colour"]
     settings = {k: getattr(args, k, None) or default for k, default in preset.items()}
     steps = settings.pop("steps")
-    if data != "digits":
-        print("evaluate.py needs VGG16, 528 MB, for LPIPS and DISTS, or --scorers cb ssim")
+    vgg = Path(torch.hub.get_dir(), "checkpoints", WEIGHT_FILES["vgg"])
+    if data != "digits" and not vgg.exists():
+        print("evaluate.py will download 528 MB for LPIPS and DISTS, or needs --scorers cb ssim")
     split = Split(data, "train", args.known_classes, settings["image_size"], args.device)
     x_all, y_all = split.x[~split.held], split.y[~split.held]
     settings.update(data=data, classes=split.classes, image_size=split.x.shape[2], seed=args.seed,

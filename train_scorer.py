@@ -83,8 +83,9 @@ def train_classifier(args, settings, split):
 
 def load_program(path, blob, device):
     """A TorchScript or torch.export file of these bytes -> a callable. Raises ValueError."""
+    archive = io.BytesIO(blob)
+    inside = " ".join(zipfile.ZipFile(archive).namelist()) if zipfile.is_zipfile(archive) else ""
     try:
-        inside = " ".join(zipfile.ZipFile(io.BytesIO(blob)).namelist())
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch.jit announces its retirement
             if "/code/" in inside:
@@ -92,9 +93,9 @@ def load_program(path, blob, device):
             if "archive_format" in inside or "exported_program" in inside:
                 from torch.export.passes import move_to_device_pass
                 return move_to_device_pass(torch.export.load(io.BytesIO(blob)), device).module()
-        raise TypeError("try torch.jit.trace(model.eval(), example).save(FILE)")
     except Exception as error:  # each loader fails in its own ways
-        raise ValueError(f"{path} is no usable program: {str(error)[:200]}") from error
+        raise ValueError(f"{path} cannot be loaded: {str(error)[:200]}") from error
+    raise ValueError(f"{path} is no program: try torch.jit.trace(model.eval(), example).save(FILE)")
 
 def load_classifier(run, file, device, expected=None):
     """RUN/classifier.pt, another run's or a program -> callable, images (B, C, S, S) in [-1, 1] to
@@ -129,6 +130,8 @@ def predict(classifier, x, num_classes, batch=256):
             logits.append(classifier(to_float(part)).float())
             if logits[-1].shape != (len(part), num_classes):
                 raise TypeError(f"it returns {tuple(logits[-1].shape)} for {num_classes} classes")
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, AssertionError, AttributeError, TypeError) as error:
         raise ValueError(f"the classifier fails on a batch of {batch} images: {error}") from error
     return torch.cat(logits)
@@ -194,15 +197,17 @@ def train_scorer(args, name, settings, split, G, extra=None):
 
 def weaknesses(accuracy, num_classes, checkpoints):
     """Why not to trust a detector: held-out accuracy, checkpoints {name: dict} -> lines."""
+    lines = []
     if accuracy < (1 + 1 / num_classes) / 2:
-        yield f"the classifier is right on {accuracy:.0%} held out: does it take [-1, 1]?"
+        lines.append(f"the classifier is right on {accuracy:.0%} held out: does it take [-1, 1]?")
     for name, saved in checkpoints.items():
         step, steps, auroc = saved["step"], saved["steps"], saved["log"].get("val_auroc", 1)
         passes = step * saved["settings"]["batch_size"] / saved["settings"]["n"]
         if step < steps or passes < 1:
-            yield f"{name} stopped at step {step} of {steps}, after {passes:.2f} passes"
+            lines.append(f"{name} stopped at step {step} of {steps}, after {passes:.2f} passes")
         if auroc < 0.6:
-            yield f"{name} hardly tells right from mismatched labels: AUROC {auroc:.2f}"
+            lines.append(f"{name} hardly tells right from mismatched labels: AUROC {auroc:.2f}")
+    return lines
 
 def load_run(args):
     """RUN/generator.pt -> G for inference, its checkpoint without weights, and its training split.
