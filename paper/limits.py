@@ -18,7 +18,7 @@ from torch import nn
 
 from evaluate import (LABELINGS, add_joint, format_table, gather_sets, make_scorers, provenance,
                       score_set, tabulate, write_json)
-from moodcat import ImageMask, MoodCat, fold, ssim
+from moodcat import SCORERS, ImageMask, MoodCat, fold, ssim
 from paper.common import Run
 from train_gen import Parser, run_script, to_float
 from train_scorer import load_classifier, train_scorer
@@ -66,7 +66,7 @@ def main(argv=None):
     made_by = stand_ins(G, train, about["settings"])
     mean = lambda x, y: made_by["class mean"][0](x, y)[0]
     half = lambda x: F.interpolate(F.avg_pool2d(x, 2), x.shape[2:], mode="bilinear")
-    scorers.update({"SSIM to synthesis": lambda x, x_fake, y: ssim(x, x_fake),
+    scorers.update({"SSIM to synthesis": SCORERS["ssim"](None, classifier),
                     "SSIM to class mean": lambda x, x_fake, y: ssim(x, mean(x, y)),
                     "SSIM to x at half its size": lambda x, x_fake, y: ssim(x, half(x))})
     for name, (made, ratio) in made_by.items():
