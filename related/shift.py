@@ -42,7 +42,7 @@ DILATION = 3          # pixels, odd; the code has 25 of 352
 CAM_STAGE = -1        # of the classifier's maps with more than one pixel; -1 is the last
 LEAST = 0.02          # a smaller object, as a share of the image, is none: no fake of that image
 RATIO = (0.1, 0.5)    # area of the control's rectangles, before they grow
-FAKES, STEPS = 2, dict(digits=1000, colour=7000)  # K; the paper: 1 or 8, 10 epochs
+FAKES, STEPS = 1, dict(digits=1000, colour=7000)  # K; the paper: 1 or 8, 10 epochs
 BATCH = 64            # images, and as many fakes: K changes no weight in Eq. 5
 LR, MOMENTUM, DECAY = 0.01, 0.9, 5e-4   # section 5.1 and the code
 MODELS = ["CIDAS/clipseg-rd64-refined", "sd2-community/stable-diffusion-2-inpainting"]  # a mirror
@@ -245,7 +245,7 @@ def main(argv=None):
     add = parser.add_argument
     add("--erase", nargs="+", choices=ERASE, default=["cam"], help="[cam], always with random")
     add("--fill", nargs="+", choices=FILL, default=["patch"], help="[patch]")
-    add("--fakes", nargs="+", type=int, metavar="K", help="fakes an image [2]")
+    add("--fakes", nargs="+", type=int, metavar="K", help="fakes an image [1]")
     add("--ood", nargs="+", default=[], metavar="SET", help="as for evaluate.py")
     add("--dev", nargs="+", metavar="CLASS", help="unknown classes, two at least")
     add("--classifier", metavar="FILE", help="the program in place of RUN/classifier.pt")

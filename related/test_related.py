@@ -303,7 +303,7 @@ def test_shift_end_to_end_and_bad_input(tmp_path, monkeypatch, capsys):
     shift.main([*flags, "--fill", "zero", "generator"])
     assert identity() == before
     first = read("shift.json")["predicted_labels"]
-    names = [f"SHIFT {e}+{f} K=2" for e in ("cam", "random") for f in ("zero", "generator")]
+    names = [f"SHIFT {e}+{f} K=1" for e in ("cam", "random") for f in ("zero", "generator")]
     assert list(first) == ["MSP", "ODIN", "EBO", *names] and read("shift.json")["versions"]
     evaluate.main(["--run", run])
     assert read("results.json")["predicted_labels"]["MSP"] == first["MSP"]  # and its accuracy
