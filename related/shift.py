@@ -36,7 +36,7 @@ from moodcat import random_mask
 from train_gen import Parser, Split, draw, run_script, to_float, training
 from train_scorer import augment, load_classifier, load_run, mismatched, predict
 
-# Settings, chosen on development splits of the digits (results/DEVELOPMENT.md), colour untried
+# On the digits' development splits no other setting passed (results/DEVELOPMENT.md); colour untried
 LAMBDA = dict(cam=0.5, random=0.5, clipseg=0.2)  # clipseg: the paper's
 DILATION = 3          # pixels, odd; the code has 25 of 352
 CAM_STAGE = -1        # of the classifier's maps with more than one pixel; -1 is the last
