@@ -2,13 +2,12 @@
 
     python -m related.mood                                       # digits, after the quickstart
     python -m related.mood --run runs/cifar10 --mirror --ood FOLDER [--backbone timm:NAME]
-    python -m related.mood --dev 4 5                             # no test image: to choose settings
 
 A ViT learns the visual tokens of masked patches (pt), then labels (ft). An image is OOD when its
 feature lies far, in Mahalanobis distance, from those of the training images. Rows: stages as in
 Table 4 (neither, pt, ft, pt+ft; "ft long": ft for the steps of both) by three distances, Table 5's
-metrics of pt+ft. Writes RUN/mood.json (mood_timm.json), RUN/mood_*.pt. --dev takes known classes
-for unknown: the others' held-out images against theirs, in RUN/dev-*.
+metrics of pt+ft. Writes RUN/mood.json (mood_timm.json), RUN/mood_*.pt. To choose settings, --dev 4
+5 takes known classes for unknown: the others' held-out images against theirs, in RUN/dev-4-5.
 """
 
 import json
@@ -60,9 +59,8 @@ def to_patches(x):
     return F.unfold(x, PATCH, stride=PATCH).transpose(1, 2)
 
 class Tokenizer(nn.Module):
-    """Visual tokens: of each patch the nearest of `codes` k-means centroids, fitted to uint8 images
-    (N, C, S, S); x (B, C, S, S) in [-1, 1] -> (B, N) in [0, codes). In place of BEiT's dVAE, whose
-    8,192 codes have seen 250 million images. Raises ValueError for fewer patches than codes."""
+    """Visual tokens: of each patch the nearest of `codes` k-means centroids (BEiT: a dVAE) of uint8
+    images (N, C, S, S); x (B, C, S, S) in [-1, 1] -> (B, N) in [0, codes). Raises ValueError."""
     def __init__(self, images, codes, seed=0):
         from sklearn.cluster import KMeans
         super().__init__()
@@ -119,7 +117,9 @@ class TimmNet(nn.Module):
             import timm
             self.net = timm.create_model(name, pretrained=True, num_classes=num_classes)
             self.side, self.head = self.net.patch_embed.img_size[0], self.net.get_classifier()
-        except Exception as error:  # no timm, unknown names, downloads, nets without patches
+            if self.net.global_pool != "avg" or {*self.net.pretrained_cfg["mean"]} != {0.5}:
+                raise ValueError("it averages no patch tokens, or takes no images in [-1, 1]")
+        except Exception as error:  # no timm, unknown names, downloads, nets of another kind
             raise OSError(f"no timm:{name}, a BEiT of timm (pip install timm): {error}") from error
 
     def features(self, x):
@@ -165,14 +165,6 @@ def stages(args, settings, images, y):
     side = settings["image_size"] // PATCH
     grid = side, round(MASKED * side**2), max(1, round(LEAST * side**2))
     torch.manual_seed(args.seed)  # timm draws a head
-    def pretrain(net):
-        tokenizer = Tokenizer(images, settings["codes"], args.seed).to(args.device)
-        def loss(model, x, y):
-            rng = random.Random(int(torch.randint(2**62, ())))  # from the seed of this step
-            mask = torch.stack([blockwise_mask(*grid, rng).flatten() for _ in y]).to(x.device)
-            return mim_loss(model(x, mask), tokenizer(x), mask)
-        return train(args, "mood_pt", net, RATE, 1.0, settings, pt_steps, loss, images, y,
-                     tokenizer=tokenizer)
     def finetune(name, net, rate, decay=1.0, steps=ft_steps):
         loss = lambda model, x, y: smoothed_loss(model(x), y)
         return train(args, f"mood_{name}", net, rate, decay, settings, steps, loss, images, y)
@@ -183,7 +175,14 @@ def stages(args, settings, images, y):
     if args.backbone != "vit":
         nets = [TimmNet(args.backbone.removeprefix("timm:"), K).to(args.device) for _ in range(2)]
         return {"pt": nets[0].eval(), "pt+ft": finetune("timm", nets[1], TIMM_RATE, TIMM_DECAY)}
-    pt, net = pretrain(fresh(settings["codes"])), fresh()
+    tokenizer = Tokenizer(images, settings["codes"], args.seed).to(args.device)
+    def pretext(model, x, y):
+        rng = random.Random(int(torch.randint(2**62, ())))  # from the seed of this step
+        mask = torch.stack([blockwise_mask(*grid, rng).flatten() for _ in y]).to(x.device)
+        return mim_loss(model(x, mask), tokenizer(x), mask)
+    own, net = {k: v for k, v in settings.items() if k != "finetune_steps"}, fresh()
+    pt = train(args, "mood_pt", fresh(settings["codes"]), RATE, 1.0, own, pt_steps, pretext,
+               images, y, tokenizer=tokenizer)
     net.load_state_dict({**pt.state_dict(), **net.head.state_dict(prefix="head.")})
     return {"neither": fresh(), "pt": pt, "ft": finetune("ft", fresh(), TUNE_RATE),
             "ft long": finetune("ft_long", fresh(), TUNE_RATE, steps=pt_steps + ft_steps),
@@ -202,7 +201,7 @@ def mahalanobis(train, test, labels=None, kind="one"):
     covariance (MOODv2, features not normalised). Covariances divide by N. Raises ValueError."""
     train, test = (torch.as_tensor(t).detach().cpu().double() for t in (train, test))
     if kind not in ("one", "cc", "shared") or (kind != "one" and labels is None) or len(train) < 2:
-        raise ValueError(f"no distance {kind!r}: one; or cc, shared of labels, two of each")
+        raise ValueError("no distance: one, or with labels cc, shared; of two features a class")
     labels = torch.zeros(len(train)) if kind == "one" else torch.as_tensor(labels).cpu()
     classes = [train[labels == c] for c in labels.unique()]
     if kind == "cc":
@@ -222,7 +221,7 @@ def logit_scores(logits, features):
             "energy": logits.logsumexp(1), "GradNorm": norm}
 
 @torch.no_grad()
-def score(stage, net, images, y, sets):
+def score(stage, net, images, y, sets, title="MOOD"):
     """A stage's {set: {column: (M,)}} for tabulate(), from uint8 training images (N, C, S, S), as
     they are, and labels y (N,). A net without a head for y predicts the nearest class."""
     extract = lambda x: torch.cat([net.features(to_float(part)).float() for part in x.split(256)])
@@ -235,7 +234,7 @@ def score(stage, net, images, y, sets):
         columns.update(logit_scores(logits, f) if stage == "pt+ft" else {})
         if "ft" not in stage:
             logits = torch.stack([-mahalanobis(unit[0][y == c], unit[1]) for c in y.unique()], 1)
-        scored[name] = {f"MOOD {stage} {k}": v.cpu() for k, v in columns.items()}
+        scored[name] = {f"{title} {stage} {k}": v.cpu() for k, v in columns.items()}
         scored[name].update(label=labels.cpu(), prediction=logits.argmax(1).cpu())
     return scored
 
@@ -270,9 +269,11 @@ def main(argv=None):
     relabel = [classes.index(c) if c in classes else -1 for c in split.classes]
     y = torch.tensor(relabel, device=args.device)[split.y]
     pick = lambda rows: (split.x[rows], y[rows], None)
-    known, sets = pick(~split.held & (y >= 0))[:2], {
+    known = pick(~split.held & (y >= 0))[:2]
+    if known[1].bincount(minlength=len(classes)).min() < 2:
+        raise ValueError("MOOD needs two training images of each class beside the held-out ones")
+    sets = gather_sets(args, about, {}) if not args.dev else {
         "in-distribution": pick(split.held & (y >= 0)), "unknown": pick(~split.held & (y < 0))}
-    sets = sets if args.dev else gather_sets(args, about, {})
     args.run = str(Path(args.run, "-".join(["dev", *args.dev]) if args.dev else ""))
     if len(sets) < 2:
         raise ValueError("no image is OOD: name OOD sets after --ood")
@@ -285,10 +286,9 @@ def main(argv=None):
     own, beside = {}, {} if args.dev else rows_beside(args.run, n, split.fingerprint)
     title, name = ("MOOD", "mood") if args.backbone == "vit" else (args.backbone, "mood_timm")
     for stage, net in stages(args, settings, *known).items():
-        scored = score(stage, net, *known, sets)
-        methods = [c for c in scored["in-distribution"] if c.startswith("MOOD")]
-        rows = tabulate(scored, methods, "predicted_labels")
-        own.update({method.replace("MOOD", title): row for method, row in rows.items()})
+        scored = score(stage, net, *known, sets, title)
+        methods = [c for c in scored["in-distribution"] if c.startswith(title)]
+        own.update(tabulate(scored, methods, "predicted_labels"))
     results = dict(provenance(), command=" ".join(["python -m related.mood", *sys.argv[1:]]),
                    settings=settings, n=n, predicted_labels=own)
     if args.backbone != "vit":

@@ -144,7 +144,6 @@ def diffusion(job):
 
 ERASE = dict(cam=cam, random=random, clipseg=clipseg)
 FILL = dict(zero=zero, patch=patch, generator=generator, diffusion=diffusion)
-
 OPTIONAL = dict(clipseg="transformers", diffusion="diffusers")
 
 def pretrained(package, kind, name):
@@ -275,16 +274,17 @@ def main(argv=None):
         raise ValueError("no image is OOD: name OOD sets after --ood")
     args.x, args.y = split.x[~split.held], split.y[~split.held]
     args.G, args.net, args.classes = G, net, classes  # the job
-    settings = dict(seed=args.seed, classifier=its_id, generator=about["id"], models=args.models,
+    settings = dict(seed=args.seed, classifier=its_id, generator=about["id"],
                     fingerprint=split.fingerprint, RATIO=RATIO, LAMBDA=LAMBDA,
                     **{k: v for k, v in globals().items() if isinstance(v, (int, float))})
     steps, networks = args.steps or STEPS["digits" if data == "digits" else "colour"], {}
     for erase, fill in product(dict.fromkeys([*args.erase, "random"]), args.fill):
-        fakes = [make_fakes(args, settings, erase, fill, k) for k in range(max(counts))]
+        models = dict(models=args.models) if {erase, fill} & OPTIONAL.keys() else {}
+        fakes = [make_fakes(args, settings | models, erase, fill, k) for k in range(max(counts))]
         for K in counts:
             title = f"SHIFT {erase}+{fill} K={K}"
             networks[title] = train_psi(args, f"psi_{erase}_{fill}_{K}", dict(
-                settings, steps=steps, bf16=args.bf16), torch.cat(fakes[:K]))
+                settings, **models, steps=steps, bf16=args.bf16), torch.cat(fakes[:K]))
     scored = {k: score(net, networks, *v[:2], len(classes)) for k, v in sets.items()}
     own = tabulate(scored, ["MSP", "ODIN", "EBO", *networks], "predicted_labels")
     n = {name: len(x) for name, (x, _, _) in sets.items()}

@@ -126,6 +126,47 @@ def test_logit_scores_against_autograd():
         assert {k: v[i].item() for k, v in scores.items()} == pytest.approx(
             {k: v.item() for k, v in right.items()}, rel=1e-5)
 
+def test_mood_stages_are_trained_as_table_4_says(tmp_path, monkeypatch):
+    train, loss, forward, calls, seen, judged = (
+        mood.train, mood.mim_loss, mood.ViT.forward, {}, [], [])
+    def watched(args, name, net, rate, decay, settings, steps, *more, **parts):
+        calls[name] = rate, decay, steps, {k: v.clone() for k, v in net.state_dict().items()}
+        return train(args, name, net, rate, decay, settings, steps, *more, **parts)
+    monkeypatch.setattr(mood, "train", watched)
+    monkeypatch.setattr(mood, "mim_loss", lambda *a: judged.append(a[2]) or loss(*a))
+    monkeypatch.setattr(mood.ViT, "forward", lambda net, x, mask=None: (
+        seen.append(mask) or forward(net, x, mask)))
+    stages = mood.stages(mood_arguments(tmp_path), SETTINGS, *DATA)
+    assert {k: v[:3] for k, v in calls.items()} == {
+        "mood_pt": (mood.RATE, 1, 4), "mood_ft": (mood.TUNE_RATE, 1, 2),
+        "mood_ft_long": (mood.TUNE_RATE, 1, 6),
+        "mood_pt_ft": (mood.TUNE_RATE, pytest.approx(mood.DECAY**0.5), 2)}  # of two blocks
+    start, pt = calls["mood_pt_ft"][3], stages["pt"].state_dict()
+    neither = stages["neither"].state_dict()
+    for k, v in start.items():  # the pretrained body, a fresh head; ft begins at random weights
+        assert torch.equal(v, neither[k] if k.startswith("head") else pt[k]), k
+        assert torch.equal(calls["mood_ft"][3][k], neither[k]), k
+    assert not torch.equal(pt["embed.weight"], neither["embed.weight"])
+    seen = [mask for mask in seen if mask is not None]  # hidden from the net: what the loss asks
+    assert len(judged) == 4 and all(map(torch.equal, seen, judged)) and all(map(torch.any, seen))
+    with pytest.raises(ValueError, match="mood_ft.pt has another finetune_steps"):  # not mood_pt
+        mood.stages(mood_arguments(tmp_path), dict(SETTINGS, finetune_steps=3), *DATA)
+
+def test_mood_scores_are_minus_the_distances():
+    torch.manual_seed(0)
+    net, (x, y) = mood.ViT(2, 16, 1, 16, 2, 2).eval(), DATA
+    with torch.no_grad():
+        f = net.features(to_float(x))
+    scores = mood.score("pt+ft", net, x, y, dict(all=(x, y, None)))["all"]
+    unit = mood.normalise(f)
+    for kind, features in (("one", unit), ("cc", unit), ("shared", f)):
+        want = mood.mahalanobis(features, features, y, kind)
+        assert torch.allclose(scores[f"MOOD pt+ft {kind}"], -want, rtol=1e-6), kind
+    assert torch.equal(scores["prediction"], net.head(f).argmax(1))
+    nearest = torch.stack([mood.mahalanobis(unit[y == c], unit) for c in (0, 1)]).argmin(0)
+    pt = mood.score("pt", net, x, y, dict(all=(x, y, None)))["all"]
+    assert torch.equal(pt["prediction"], nearest) and "MOOD pt softmax" not in pt
+
 def test_mood_resumed_is_uninterrupted_and_scores_any_batch(tmp_path, monkeypatch):
     whole = mood.stages(mood_arguments(tmp_path / "a"), SETTINGS, *DATA)
     steps, loss = iter(range(4)), mood.mim_loss
@@ -174,15 +215,28 @@ def test_mood_end_to_end_and_bad_input(run, capsys, monkeypatch):
     for words in (["--dev", "0", "1", "2", "3", "4"], ["--dev", "4", "--ood", "svhn"]):
         with pytest.raises(ValueError, match="must leave two"):
             mood.main([*few, *words])
+    def short(args):  # one training image of class 0
+        generator, about, split = load_run(args)
+        split.held |= (split.y == 0) & (torch.arange(len(split.y)) > split.y.tolist().index(0))
+        return generator, about, split
+    load_run = mood.load_run
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="two training images"):
+        patch.setattr(mood, "load_run", short)
+        mood.main([*few])
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(OSError, match="pip install timm"):
         mood.main([*few, "--backbone", "timm:beit_base_patch16_224.in22k_ft_in22k"])
 
 def test_timm_end_to_end(run, monkeypatch):
     timm = pytest.importorskip("timm")
-    tiny = lambda name, pretrained, num_classes: timm.models.beit.Beit(
-        img_size=28, patch_size=14, embed_dim=16, depth=2, num_heads=2, num_classes=num_classes)
+    def tiny(name, pretrained, num_classes):
+        net = timm.models.beit.Beit(img_size=28, patch_size=14, embed_dim=16, depth=2, num_heads=2,
+                                    num_classes=num_classes)
+        net.pretrained_cfg = dict(mean=(0.5,) * 3 if name == "tiny" else (0.485, 0.456, 0.406))
+        return net
     monkeypatch.setattr(timm, "create_model", tiny)
+    with pytest.raises(OSError, match="images in"):
+        mood.TimmNet("of ImageNet's mean", 6)
     net, x = mood.TimmNet("tiny", 6).eval(), torch.rand(2, 3, 32, 32) * 2 - 1  # the centre's 28
     tokens = net.net.forward_features(x[..., 2:30, 2:30])
     assert torch.allclose(net.features(x), net.net.fc_norm(tokens[:, 1:].mean(1)), atol=1e-5)
@@ -253,6 +307,30 @@ def test_fakes_differ_inside_the_hole_alone():
         assert donors.any() and (it.y[donors] != label).all()
 
 @torch.no_grad()
+def test_the_generator_fills_under_a_mismatched_label():
+    it, given = job(), []
+    it.G = lambda x_m, y: given.append((x_m, y)) or (torch.zeros_like(x_m), None, None)
+    x, hole = to_float(it.x), shift.random_mask(to_float(it.x), 0.3)[1]
+    for _ in range(20):
+        shift.generator(it)(x, hole, it.y)
+    assert all((y != it.y).all() and (x_m[hole] == 0).all() for x_m, y in given)
+    assert len(torch.cat([y for _, y in given]).unique()) == 3
+
+def test_psi_learns_that_fakes_are_ood_and_images_without_an_object_make_none(
+        tmp_path, monkeypatch):
+    it = job(run=str(tmp_path), resume=False, bf16=False)
+    it.net = torch.nn.Sequential(torch.nn.Conv2d(1, 8, 3, 2), torch.nn.ReLU(), torch.nn.Flatten(),
+                                 torch.nn.Linear(392, 3))
+    it.x[:] = torch.randint(56, it.x.shape)  # dark
+    psi = shift.train_psi(it, "psi", dict(steps=60, seed=0), 200 + it.x)  # against bright
+    dark, bright = (psi(shift.feature(it.net, to_float(x))) for x in (it.x, 200 + it.x))
+    assert (dark < 0).all() and (bright > 0).all()
+    some = lambda job: lambda x, y: (y != 0).float()[:, None, None, None] * torch.ones_like(x)
+    monkeypatch.setitem(shift.ERASE, "cam", some)
+    fakes = shift.make_fakes(it, {}, "cam", "zero", 0)
+    assert len(fakes) == (it.y != 0).sum() and (fakes == 0).all()
+
+@torch.no_grad()
 def test_tiny_random_clipseg_and_diffusion(tmp_path, monkeypatch):
     transformers, diffusers = map(pytest.importorskip, ("transformers", "diffusers"))
     vocab = {chr(i) + end: 2 * i + bool(end) for i in range(33, 127) for end in ("", "</w>")}
@@ -295,10 +373,13 @@ def test_shift_end_to_end_and_bad_input(tmp_path, monkeypatch, capsys):
     identity = lambda: train_scorer.load_classifier(run, None, "cpu")[1]
     before, flags = identity(), ["--run", run, "--steps", "12"]
     make_fakes, split = shift.make_fakes, train_gen.Split("digits", "train", [*"0123"], 16)
+    train_psi, fakes = shift.train_psi, {}
     def watched(job, *words):
         assert torch.equal(job.x, split.x[~split.held])  # no held-out image trains
         return make_fakes(job, *words)
     monkeypatch.setattr(shift, "make_fakes", watched)
+    monkeypatch.setattr(shift, "train_psi", lambda job, name, settings, x: (
+        fakes.update({name: x}) or train_psi(job, name, settings, x)))
     read = lambda name: json.loads((tmp_path / "run" / name).read_text())
     shift.main([*flags, "--fill", "zero", "generator"])
     assert identity() == before
@@ -310,7 +391,10 @@ def test_shift_end_to_end_and_bad_input(tmp_path, monkeypatch, capsys):
     shift.main([*flags, "--fill", "zero", "--fakes", "1", "2", "--dev", "4", "5"])
     dev = read("shift_dev.json")  # no test image
     assert dev["n"]["unknown"] == 242 and "SHIFT random+zero K=2" in dev["predicted_labels"]
-    shift.main([*flags, "--fill", "zero"])
+    one, two = fakes["psi_random_zero_1"], fakes["psi_random_zero_2"]
+    assert len(two) == 2 * len(one) and torch.equal(two[:len(one)], one)
+    assert not torch.equal(two[len(one):], one)  # another rectangle
+    shift.main([*flags, "--fill", "zero", "--models", "no", "such"])  # play no part here
     again = read("shift.json")["predicted_labels"]
     assert all(again[k] == first[k] for k in again) and "\ncb " in capsys.readouterr().out
     other_classifier = dict(read("results.json"), classifier="0")
