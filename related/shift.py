@@ -279,22 +279,22 @@ def main(argv=None):
                     **{k: v for k, v in globals().items() if isinstance(v, (int, float))})
     steps, networks = args.steps or STEPS["digits" if data == "digits" else "colour"], {}
     for erase, fill in product(dict.fromkeys([*args.erase, "random"]), args.fill):
-        models = dict(models=args.models) if {erase, fill} & OPTIONAL.keys() else {}
-        fakes = [make_fakes(args, settings | models, erase, fill, k) for k in range(max(counts))]
+        own = settings | (dict(models=args.models) if {erase, fill} & OPTIONAL.keys() else {})
+        fakes = [make_fakes(args, own, erase, fill, k) for k in range(max(counts))]
         for K in counts:
             title = f"SHIFT {erase}+{fill} K={K}"
             networks[title] = train_psi(args, f"psi_{erase}_{fill}_{K}", dict(
-                settings, **models, steps=steps, bf16=args.bf16), torch.cat(fakes[:K]))
+                own, steps=steps, bf16=args.bf16), torch.cat(fakes[:K]))
     scored = {k: score(net, networks, *v[:2], len(classes)) for k, v in sets.items()}
-    own = tabulate(scored, ["MSP", "ODIN", "EBO", *networks], "predicted_labels")
+    rows = tabulate(scored, ["MSP", "ODIN", "EBO", *networks], "predicted_labels")
     n = {name: len(x) for name, (x, _, _) in sets.items()}
     settings = dict(about["settings"], shift=dict(settings, steps=steps, fakes=counts))
     results = dict(provenance(), command=" ".join(["python -m related.shift", *sys.argv[1:]]),
-                   settings=settings, n=n, classifier=its_id, predicted_labels=own)
+                   settings=settings, n=n, classifier=its_id, predicted_labels=rows)
     results["versions"].update(versions)
     write_json(Path(args.run, "shift_dev.json" if args.dev else "shift.json"), results)
     beside = {} if args.dev else rows_beside(args.run, n, split.fingerprint, its_id)
-    print(f"\nPercent; images: {n}\n{format_table({**beside, **own})}")
+    print(f"\nPercent; images: {n}\n{format_table({**beside, **rows})}")
 
 if __name__ == "__main__":
     run_script(main)
