@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -122,6 +123,336 @@ def test_losses_against_second_implementations():
     # Eq. 2: relu(1 - 2), relu(1 - 0.5), relu(1 + 3) | relu(1 - 2), relu(1 + 0), relu(1 + 1)
     ours = hinge_loss(torch.tensor([2.0, 0.5, -3.0]), torch.tensor([-2.0, 0.0, 1.0]))
     assert torch.isclose(ours, torch.tensor((0 + 0.5 + 4) / 3 + (0 + 1 + 2) / 3))
+
+# --- The method line by line: nets, losses and steps against plain second versions --------------
+@torch.no_grad()
+def weights_of(net):
+    """A net's weights by their names in checkpoints, as they are used: spectral norms divided."""
+    training = net.training
+    used = {k: v.clone() for k, v in net.eval().state_dict().items() if "parametri" not in k}
+    used.update({f"{name}.weight": module.weight.clone() for name, module in net.named_modules()
+                 if hasattr(module, "parametrizations")})
+    net.train(training)
+    return used
+
+def worn(net, *inputs):
+    """The net in float64 and eval(), with weights and statistics unlike those of a fresh one."""
+    with torch.no_grad():
+        for p in net.double().parameters():
+            p += 0.3 * torch.randn_like(p) / max(p.numel() / len(p), 4) ** 0.5
+        for _ in range(3):
+            net(*inputs)
+    return net.eval()
+
+def plain_conv(w, name, x, padding=1, stride=1):
+    return F.conv2d(x, w[f"{name}.weight"], w.get(f"{name}.bias"), stride, padding)
+
+def plain_linear(w, name, h):
+    return h @ w[f"{name}.weight"].T + w.get(f"{name}.bias", 0)
+
+def plain_norm(w, name, x):
+    wide = lambda part: w[f"{name}.{part}"][:, None, None]
+    x = (x - wide("running_mean")) / (wide("running_var") + 1e-5).sqrt()
+    return x * wide("weight") + wide("bias") if f"{name}.weight" in w else x
+
+def plain_conditional_norm(w, name, x, e):
+    gain, bias = (plain_linear(w, f"{name}.{k}", e)[:, :, None, None] for k in ("gain", "bias"))
+    return (1 + gain) * plain_norm(w, f"{name}.norm", x) + bias
+
+def plain_up(w, name, x, e=None):  # the skip in the order of the figure: first up, then 1 x 1
+    up = lambda h: h.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    norm = lambda k, h: h if e is None else plain_conditional_norm(w, f"{name}.norm{k}", h, e)
+    h = plain_conv(w, f"{name}.conv1", up(norm(1, x).relu()))
+    h = plain_conv(w, f"{name}.conv2", norm(2, h).relu())
+    return h + plain_conv(w, f"{name}.skip", up(x), 0)
+
+def plain_down(w, name, x, first=False, down=True):  # first 1 x 1, then the mean of each 2 x 2
+    h = plain_conv(w, f"{name}.conv1", x if first else x.relu()).relu()
+    h = plain_conv(w, f"{name}.conv2", h)
+    h = h + (plain_conv(w, f"{name}.skip", x, 0) if f"{name}.skip.weight" in w else x)
+    return h.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).mean((3, 5)) if down else h
+
+def plain_projection(w, name, h, y):
+    h, own = h.movedim(1, -1), w[f"{name}.embed.weight"][y]
+    own = own.view(len(y), *[1] * (h.dim() - 2), -1)
+    return (plain_linear(w, f"{name}.linear", h))[..., 0] + (own * h).sum(-1)
+
+def plain_encoder(w, x):
+    h = F.leaky_relu(plain_conv(w, "features.0", x, 1, 2), 0.2)
+    for conv, norm in ((2, 3), (5, 6)):
+        h = plain_norm(w, f"features.{norm}", plain_conv(w, f"features.{conv}", h, 1, 2))
+        h = F.leaky_relu(h, 0.2)
+    h = F.leaky_relu(plain_conv(w, "features.8", h, 0), 0.2).flatten(1)
+    return plain_linear(w, "mu", h), plain_linear(w, "logvar", h)
+
+def plain_decoder(w, z, y):
+    e, h = w["embed.weight"][y], plain_linear(w, "first", z)
+    width = w["blocks.0.conv1.weight"].shape[1]
+    side = int((h.shape[1] / width) ** 0.5)
+    h = h.view(len(z), width, side, side)
+    for i in range(3):
+        h = plain_up(w, f"blocks.{i}", h, e)
+    return (plain_conv(w, "last.2", plain_norm(w, "last.0", h).relu()).tanh(),)
+
+def plain_unet(w, x, y):
+    h1 = plain_down(w, "down1", x, first=True)
+    h2 = plain_down(w, "down2", h1)
+    h3 = plain_down(w, "down3", h2)
+    u = plain_up(w, "up1", h3)
+    u = plain_up(w, "up2", torch.cat([u, h2], 1))
+    u = plain_up(w, "up3", torch.cat([u, h1], 1))
+    pixels = plain_projection(w, "pixel_head", u.relu(), y)
+    return plain_projection(w, "image_head", h3.relu().sum((2, 3)), y), pixels[:, None]
+
+def plain_scorer(w, x, x_fake, y):
+    h = torch.cat([x, x_fake], 1)
+    for i in range(4):
+        h = plain_down(w, f"blocks.{i}", h, first=i == 0, down=i < 2)
+    return (plain_projection(w, "head", h.relu().sum((2, 3)), y),)
+
+@pytest.mark.parametrize("make, plain", [(lambda: Encoder(2, 16, 3, 5), plain_encoder),
+                                         (lambda: Decoder(4, 2, 16, 3, 5), plain_decoder),
+                                         (lambda: UNetDiscriminator(4, 2, 3), plain_unet),
+                                         (lambda: BinaryScorer(4, 2, 3), plain_scorer)],
+                         ids=["E", "D", "D^Unet", "C_b"])
+def test_each_net_against_a_plain_second_version(make, plain):
+    """The label's path, the skips of the U-Net, the blocks, the two heads of E."""
+    torch.manual_seed(0)
+    x, y, z = images(6, 3).double(), torch.arange(6) % 4, torch.randn(6, 5).double()
+    inputs = {plain_encoder: (x,), plain_decoder: (z, y), plain_unet: (x, y),
+              plain_scorer: (x, x.flip(0), y)}[plain]
+    net = worn(make(), *inputs)
+    with torch.no_grad():
+        ours, theirs = net(*inputs), plain(weights_of(net), *inputs)
+    for i, (a, b) in enumerate(zip([ours] if torch.is_tensor(ours) else ours, theirs)):
+        assert a.shape == b.shape and torch.allclose(a, b, rtol=1e-9, atol=1e-9), f"output {i}"
+
+def test_spectral_norm_and_an_orthogonal_start_in_every_layer_of_biggan():
+    torch.manual_seed(0)
+    x, y = images(4, 3), torch.arange(4)
+    for net, inputs in ((Decoder(4, 2, 16), (torch.randn(4, 128), y)),
+                        (UNetDiscriminator(4, 2), (x, y)), (BinaryScorer(4, 2), (x, x, y))):
+        layers = {k: v.flatten(1) for k, v in weights_of(net).items() if v.dim() > 1}
+        for name, weight in layers.items():
+            values = torch.linalg.svdvals(weight)
+            assert (values - 1).abs().max() < 1e-4, f"{name} does not start orthogonal"
+        with torch.no_grad():
+            for p in net.parameters():
+                p.copy_(3 * p + torch.randn_like(p))
+            for _ in range(60):
+                net(*inputs)
+        used = weights_of(net)
+        for name in layers.keys() - {"embed.weight"}:  # the decoder's labels: no layer
+            norm = torch.linalg.matrix_norm(used[name].flatten(1), 2)
+            assert abs(norm - 1) < 0.05, f"{name} has no spectral norm: {norm:.3f}"
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_conditional_batch_norm_takes_gain_and_bias_from_the_label(training):
+    """(1 + gain(e)) * normalised + bias(e): each alone still carries the label."""
+    norm = worn(moodcat.ConditionalBatchNorm(6, 4), torch.randn(8, 6, 5, 5).double(),
+                torch.randn(8, 4).double()).train(training)
+    x, e = torch.randn(8, 6, 5, 5).double() * 3 + 1, torch.randn(8, 4).double()
+    w, got = weights_of(norm), norm(x, e)
+    mean, var = w["norm.running_mean"], w["norm.running_var"]
+    if training:
+        mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)
+        w = weights_of(norm)  # the forward pass moved the spectral norm
+    straight = (x - mean[:, None, None]) / (var[:, None, None] + 1e-5).sqrt()
+    gain, bias = (e @ w[f"{k}.weight"].T for k in ("gain", "bias"))
+    by_hand = (1 + gain)[:, :, None, None] * straight + bias[:, :, None, None]
+    assert torch.allclose(got, by_hand, atol=1e-9)
+    assert (gain.abs().amax(0) > 0.01).all() and (bias.abs().amax(0) > 0.01).all()
+
+def test_the_label_reaches_the_synthesis_through_every_gain_and_every_bias():
+    torch.manual_seed(0)
+    decoder, z = moodcat.fold(Decoder(3, 2, 16, 1)), torch.randn(3, 128)
+    norms = [m for m in decoder.modules() if isinstance(m, moodcat.ConditionalBatchNorm)]
+    paths = [(i, kind) for i in range(len(norms)) for kind in ("gain", "bias")]
+    assert len(norms) == 6
+    whole = deepcopy(decoder.state_dict())
+    for i, kind in paths:
+        decoder.load_state_dict(whole)
+        for j, other in paths:
+            if (j, other) != (i, kind):  # all but one path are cut
+                getattr(norms[j], other).weight.zero_()
+        first, second = decoder(z, torch.tensor([0] * 3)), decoder(z, torch.tensor([1] * 3))
+        assert (first - second).abs().amax((1, 2, 3)).min() > 1e-4, f"{kind} of batch norm {i}"
+    for j, other in paths:
+        getattr(norms[j], other).weight.zero_()
+    assert torch.equal(decoder(z, torch.tensor([0] * 3)), decoder(z, torch.tensor([1] * 3)))
+
+@pytest.mark.parametrize("shape", [(5, 6), (5, 6, 4, 4)])
+def test_a_projection_adds_what_the_label_says_of_h(shape):
+    head, h, y = moodcat.Projection(6, 3).eval(), torch.randn(shape), torch.tensor([0, 1, 2, 1, 0])
+    head.linear.bias.data.fill_(0.7)
+    w, own = head.linear.weight[0], head.embed.weight
+    for i, label in enumerate(y):
+        by_hand = (torch.tensordot(w, h[i], 1) + 0.7 + torch.tensordot(own[label], h[i], 1))
+        assert torch.allclose(head(h, y)[i], by_hand, atol=1e-5), f"label {label}"
+
+def test_both_heads_of_the_unet_and_the_binary_scorer_see_label_and_images():
+    torch.manual_seed(0)
+    x, x_fake, y = images(4), images(4, seed=1), torch.tensor([0, 1, 2, 0])
+    D, C_b, other = UNetDiscriminator(3, 2, 1).eval(), BinaryScorer(3, 2, 1).eval(), (y + 1) % 3
+    for name, a, b in zip(("image", "pixel"), D(x, y), D(x, other)):
+        assert ((a - b).abs().flatten() > 1e-5).float().mean() > 0.9, f"the {name} head ignores y"
+    for what, inputs in (("y", (x, x_fake, other)), ("x", (x.flip(0), x_fake, y)),
+                         ("x'", (x, x_fake.flip(0), y)), ("the order", (x_fake, x, y))):
+        assert ((C_b(*inputs) - C_b(x, x_fake, y)).abs() > 1e-5).all(), f"C_b ignores {what}"
+
+def skip_gradient(D, x, y, layer):
+    """How much the pixel logits follow what D's block `layer` puts out, the deepest path cut."""
+    kept = []
+    hooks = [getattr(D, layer).register_forward_hook(lambda m, i, out: kept.append(out)),
+             D.up1.register_forward_hook(lambda m, i, out: out.detach())]
+    grad, = torch.autograd.grad(D(x, y)[1].sum(), kept[0], allow_unused=True)
+    for hook in hooks:
+        hook.remove()
+    return 0 if grad is None else grad.abs().sum()
+
+def test_the_unets_skips_reach_the_pixel_logits():
+    D, x, y = UNetDiscriminator(3, 2, 1), images(4), torch.tensor([0, 1, 2, 0])
+    for layer in ("down1", "down2"):
+        assert skip_gradient(D, x, y, layer) > 0, f"the skip from {layer} is cut"
+
+def test_z_is_mu_plus_sigma_times_noise_in_training_and_mu_after_it():
+    """Sigma is exp(logvar / 2); the noise is new for each image and each of the dimensions."""
+    torch.manual_seed(0)
+    G, x, y, seen = Generator(3, 2, 16, 1), images(3000), torch.arange(3000) % 3, []
+    G.encoder.logvar.bias.data.fill_(2)  # Sigma is e, its square e^2
+    G.decoder.register_forward_pre_hook(lambda module, inputs: seen.extend(inputs))
+    _, mu, logvar = G(x, y)
+    assert (mu - logvar).abs().max() > 0.5 and (logvar - 2).abs().max() > 0.01  # two heads
+    noise = (seen[0] - mu) / (logvar / 2).exp()
+    assert noise.mean().abs() < 0.01 and (noise.mean(0).abs() < 0.12).all()
+    assert abs(noise.std() - 1) < 0.01 and (noise.std(0) - 1).abs().max() < 0.08
+    assert (torch.corrcoef(noise.T) - torch.eye(128)).abs().max() < 0.12
+    assert torch.equal(seen[1], y)
+    _, mu, _ = G.eval()(x[:9], y[:9])
+    assert torch.equal(seen[2], mu)
+
+def test_a_generator_without_labels_ignores_them():
+    x, y = images(6), torch.arange(6) % 3
+    for conditional in (True, False):
+        G = Generator(3, 2, 16, 1, conditional=conditional).eval()
+        assert torch.equal(G(x, y)[0], G(x, (y + 1) % 3)[0]) is not conditional
+    assert G.decoder.embed.num_embeddings == 1
+
+def plain_ssim(x, y):
+    """SSIM as a convolution with the 11 x 11 window, on [0, 1]."""
+    offset = torch.arange(-5.0, 6.0)
+    window = torch.exp(-(offset[:, None]**2 + offset**2) / (2 * 1.5**2))
+    window = (window / window.sum()).expand(x.shape[1], 1, 11, 11)
+    blur = lambda t: F.conv2d(t, window, groups=t.shape[1])
+    x, y = x / 2 + 0.5, y / 2 + 0.5
+    mx, my = blur(x), blur(y)
+    vx, vy, cov = blur(x * x) - mx**2, blur(y * y) - my**2, blur(x * y) - mx * my
+    return ((2 * mx * my + 0.01**2) * (2 * cov + 0.03**2)
+            / ((mx**2 + my**2 + 0.01**2) * (vx + vy + 0.03**2))).mean()
+
+# 2 l1, 3 l2, 5 SSIM are the authors' weights; half of each adversarial term, image and pixels
+WEIGHTS = dict(adv=0.5, l1=2, l2=3, ssim=5)
+
+def iterate(G, D, opt_g, opt_d, x, x_m, y, kl_weight):
+    """train_gen.train_step with its arguments of today -> {name: loss}."""
+    return train_gen.train_step(G, D, opt_g, opt_d, x, x_m, y, kl_weight)
+
+def plain_iteration(G, D, x, x_m, y, kl_weight, rate_g, rate_d):
+    """Algorithm 1, lines 2 to 5, by hand, with gradient descent -> losses, gradients of G and D."""
+    says = lambda t, real: F.binary_cross_entropy_with_logits(t, torch.full_like(t, real))
+    mu, logvar = G.encoder(x_m)
+    sigma = torch.exp(0.5 * logvar)
+    label = y if G.settings["conditional"] else torch.zeros_like(y)
+    x_fake = G.decoder(mu + sigma * torch.randn_like(mu), label)
+    logit, pixels = D(x_fake, y)
+    loss_g = (WEIGHTS["adv"] * (says(logit, 1.0) + says(pixels, 1.0))                  # Eq. 6
+              + WEIGHTS["l1"] * (x_fake - x).abs().mean()
+              + WEIGHTS["l2"] * (x_fake - x).pow(2).mean()
+              + WEIGHTS["ssim"] * (1 - plain_ssim(x_fake, x)))
+    unit = torch.distributions.Normal(torch.zeros_like(mu), torch.ones_like(mu))
+    kl = torch.distributions.kl_divergence(torch.distributions.Normal(mu, sigma), unit)
+    kl = kl.sum(1).mean()                                                              # Eq. 1
+    grads_g = torch.autograd.grad(loss_g + kl_weight * kl, list(G.parameters()))
+    descend(G, grads_g, rate_g)
+    (real, real_px), (fake, fake_px) = D(x, y), D(x_fake.detach(), y)
+    loss_d = (says(real, 1.0) + says(fake, 0.0)                                        # Eq. 4
+              + says(real_px, 1.0) + says(fake_px, 0.0))                               # Eq. 5
+    grads_d = torch.autograd.grad(loss_d, list(D.parameters()))
+    descend(D, grads_d, rate_d)
+    return dict(loss_g=loss_g, kl=kl, loss_d=loss_d), grads_g, grads_d
+
+@torch.no_grad()
+def descend(net, grads, rate):
+    for p, grad in zip(net.parameters(), grads):
+        p -= rate * grad
+
+def left_from_before(net):
+    """Gradients of an earlier step, which must not count in this one."""
+    for p in net.parameters():
+        p.grad = torch.ones_like(p)
+
+def close(ours, theirs):  # float32; the order of sums differs
+    ours, theirs = (torch.as_tensor(t).detach() for t in (ours, theirs))
+    return (ours - theirs).norm() <= 1e-3 * theirs.norm() + 1e-5
+
+def agree(name, net, start, plain, grads):
+    """Gradients and updated weights of `net` are those of the plain version, and weights moved."""
+    moved = 0
+    own = zip(net.named_parameters(), plain.parameters(), start.parameters(), grads)
+    for (key, ours), theirs, old, grad in own:
+        assert ours.grad is not None, f"{name}'s {key} gets no gradient"
+        assert close(ours.grad, grad), f"the gradient of {name}'s {key}"
+        assert close(ours - old, theirs - old), f"{name}'s {key} after the update"
+        moved += bool((ours != old).any())
+    assert moved > len(grads) / 2, f"{name} is not updated"
+
+@pytest.mark.parametrize("conditional", [True, False])
+def test_an_iteration_of_algorithm_1_against_a_plain_one(conditional):
+    """Losses, gradients and updated weights of E, D and D^Unet, for one draw of z."""
+    torch.manual_seed(0)
+    nets = Generator(3, 2, 16, 1, conditional=conditional), UNetDiscriminator(3, 2, 1)
+    nets[0].encoder.logvar.bias.data += 1  # Sigma unlike its square
+    (G, D), plain = deepcopy(nets), deepcopy(nets)
+    x, y = images(7), torch.tensor([0, 1, 2, 1, 0, 2, 2])
+    x_m = random_mask(x)[0]
+    for net in (G, D):
+        left_from_before(net)
+    opts = torch.optim.SGD(G.parameters(), 0.2), torch.optim.SGD(D.parameters(), 0.3)
+    torch.manual_seed(1)
+    losses = iterate(G, D, *opts, x, x_m, y, 0.25)
+    torch.manual_seed(1)
+    expected, grads_g, grads_d = plain_iteration(*plain, x, x_m, y, 0.25, 0.2, 0.3)
+    for name, value in expected.items():
+        assert close(losses[name], value), f"{name}: {losses[name]:.5f} for {value:.5f}"
+    agree("G", G, nets[0], plain[0], grads_g)
+    agree("D^Unet", D, nets[1], plain[1], grads_d)
+    assert min(float(v.detach()) for v in expected.values()) > 0.1  # each of them counts
+
+def judge(G, scorer, opt, x, x_m, y, right):
+    """train_scorer.train_step with its arguments of today -> loss."""
+    return train_scorer.train_step(G, scorer, opt, x, x_m, y, right)
+
+def test_a_step_of_figure_3_against_a_plain_one():
+    """Eq. 2's loss, gradients and updated weights of C_b; G makes x' under the label and rests."""
+    torch.manual_seed(0)
+    G, C_b = Generator(3, 2, 16, 1).eval(), BinaryScorer(3, 2, 1)
+    frozen, before, plain = deepcopy(G), deepcopy(C_b), deepcopy(C_b)
+    x, y = images(8), torch.tensor([0, 1, 2, 0, 1, 2, 2, 0])
+    x_m, right = random_mask(x)[0], torch.tensor([1, 1, 1, 0, 0, 1, 0, 0]).bool()
+    left_from_before(C_b)
+    loss = judge(G, C_b, torch.optim.SGD(C_b.parameters(), 0.2), x, x_m, y, right)
+    with torch.no_grad():
+        x_fake = frozen.decoder(frozen.encoder(x_m)[0], y)
+    score = plain(x, x_fake, y)
+    hinges = [(1 - s if r else 1 + s).clamp(min=0) for s, r in zip(score, right)]
+    expected = sum(hinges[i] / right.sum() if r else hinges[i] / (~right).sum()
+                   for i, r in enumerate(right))
+    grads = torch.autograd.grad(expected, list(plain.parameters()))
+    descend(plain, grads, 0.2)
+    assert close(loss, expected), f"Eq. 2: {loss:.5f} for {expected:.5f}"
+    agree("C_b", C_b, before, plain, grads)
+    assert same(dict(G.state_dict()), dict(frozen.state_dict())), "G was trained with C_b"
+    assert all(p.grad is None for p in G.parameters()), "G got gradients"
 
 @pytest.fixture
 def offline(tmp_path, monkeypatch):
