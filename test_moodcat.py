@@ -869,6 +869,102 @@ def test_trainings_learn_and_evaluate_writes_numbers_that_agree(run):
         ood = column(rows, "fisher with energy", name) < threshold
         assert ood.double().mean() == pytest.approx(share)
 
+# --- Figure 2 and what evaluate.py scores --------------------------------------------------------
+def test_the_detector_masks_then_synthesises_under_y_then_compares(monkeypatch):
+    """Figure 2: f(x, x', y), where x' = G(x_m, y) and x is the whole image."""
+    seen, x, y = [], images(5), torch.tensor([0, 1, 2, 2, 0])
+    mask = lambda x, i: random_mask(x, 0.3, torch.Generator().manual_seed(i))
+    scorer = lambda *inputs: seen.append(inputs) or inputs[2].float()
+    detector = tiny_detector({"seen": scorer}, mask=mask, masks=2)
+    assert torch.equal(detector.score(x, y)["seen"], y.float())
+    assert len(seen) == 2
+    for i, (given, x_fake, label) in enumerate(seen):
+        assert torch.equal(given, x), "a scorer gets another x"
+        assert torch.equal(label, y), "a scorer gets another label"
+        z = detector.generator.encoder(mask(x, i)[0])[0]
+        assert torch.allclose(x_fake, detector.generator.decoder(z, y), atol=1e-6), f"x', mask {i}"
+        assert not torch.allclose(x_fake, detector.generator(x, y)[0], atol=1e-6)
+
+def test_every_shipped_scorer_is_higher_for_a_better_synthesis(monkeypatch):
+    """Distances with the sign turned, energy as logsumexp; of the nets that the names say."""
+    made = []
+    class Distance(torch.nn.Module):
+        def __init__(self, net="dists"):
+            super().__init__()
+            made.append(net)
+        def forward(self, x, x_fake):
+            return (x - x_fake).abs().mean((1, 2, 3))
+    for name in ("LPIPS", "DISTS"):
+        monkeypatch.setattr(moodcat, name, Distance)
+    x, x_fake, y = images(4), images(4, seed=1), torch.tensor([0, 1, 2, 0])
+    names = {"lpips": "vgg", "lpips-alex": "alex", "lpips-squeeze": "squeeze", "dists": "dists"}
+    for name, net in names.items():
+        got = moodcat.SCORERS[name](None, None)(x, x_fake, y)
+        assert torch.equal(got, -(x - x_fake).abs().mean((1, 2, 3))) and made[-1] == net, name
+    assert torch.equal(moodcat.SCORERS["ssim"](None, None)(x, x_fake, y), ssim(x, x_fake))
+    linear = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(256, 3)).requires_grad_(False)
+    energy = moodcat.SCORERS["energy"](None, linear)(x, x_fake, y)
+    assert torch.allclose(energy, linear(x).exp().sum(1).log(), atol=1e-6), "energy"
+    for name in ("cb", "cb_extra"):
+        settings = dict(num_classes=3, ch=2, channels=1)
+        assert moodcat.SCORERS[name](settings, None).settings == settings, name
+
+def score_columns(detector, classifier, x, labels):
+    """evaluate.score_set with its arguments of today -> {column: (N,)}."""
+    return evaluate.score_set(detector, classifier, x, labels, "test")
+
+def test_scores_under_the_prediction_under_the_truth_and_under_random_labels():
+    """The headline's y is C(x); the oracle's the truth, and for OOD uniform over all classes."""
+    x, labels = images(1200), torch.arange(1200) % 3
+    x, labels = ((x + 1) * 127.5).round().byte(), torch.where(torch.arange(1200) < 300, labels, -1)
+    torch.manual_seed(0)
+    linear = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(256, 3)).requires_grad_(False)
+    linear[1].weight.mul_(20)
+    off = lambda x, x_fake, y: (x_fake - made(x, y)).abs().amax((1, 2, 3))
+    detector = tiny_detector({"seen": lambda x, x_fake, y: y.float(), "off": off})
+    made = lambda x, y: detector.generator(detector.mask(x)[0], y)[0]
+    got, logits = score_columns(detector, linear, x, labels), linear(to_float(x))
+    predicted, ood = logits.argmax(1), labels < 0
+    assert torch.equal(got["label"], labels) and torch.equal(got["prediction"], predicted)
+    assert torch.equal(got["seen"].long(), predicted), "the headline's label is not C(x)"
+    told = got["oracle seen"].long()
+    assert torch.equal(told[~ood], labels[~ood]), "the oracle's label is not the truth"
+    assert 0.2 < (predicted == labels)[~ood].float().mean() < 0.6  # so they differ
+    pairs = (3 * predicted[ood] + told[ood]).bincount(minlength=9).view(3, 3).double()
+    for row in pairs:  # whatever C(x) says
+        check_uniform(row, row.sum() / 3)
+    assert (told[ood].diff() == 1).float().mean() < 0.6  # nor one after the other
+    for column in ("off", "oracle off"):
+        assert got[column].max() < 1e-5, f"{column}: x' was made under another label"
+    log_p = logits.log_softmax(1)
+    for column, y in (("MSP", predicted), ("oracle MSP", told)):
+        assert torch.allclose(got[column], log_p.gather(1, y[:, None])[:, 0], atol=1e-5), column
+
+def test_the_tables_are_of_the_sets_and_labels_that_they_name(run):
+    """Test images, the unknown, held-out training images; those alone calibrate, at y = C(x)."""
+    train, test = (Split("digits", split, list("012345"), 16) for split in ("train", "test"))
+    classifier, _, _ = train_scorer.load_classifier(run, None, "cpu")
+    detector, rows = MoodCat.load(run / "detector.pt", classifier=classifier), table(run)
+    sets = {"in-distribution": (test.x, test.y), "unknown": (test.unknown, None),
+            "held-out": (train.x[train.held], train.y[train.held])}
+    for name, (x, y) in sets.items():
+        x = to_float(x)
+        predicted, own = classifier(x).argmax(1), [r for r in rows if r["set"] == name]
+        assert [int(r["prediction"]) for r in own] == predicted.tolist(), name
+        assert [r["label"] for r in own] == ([str(int(c)) for c in y] if y is not None
+                                             else ["OOD"] * len(x)), name
+        scores = detector.score(x, predicted)
+        for k in ("cb", "ssim"):
+            assert torch.allclose(column(rows, k, name), scores[k], atol=1e-3, rtol=1e-3), (name, k)
+        if y is not None:
+            told = detector.score(x, y)
+            assert torch.allclose(column(rows, "oracle cb", name), told["cb"], atol=1e-3, rtol=1e-3)
+    held = {k: column(rows, "EBO" if k == "energy" else k, "held-out") for k in detector.scorers}
+    expected = fit_calibration(held)
+    assert detector.calibration["threshold"] == pytest.approx(expected["threshold"], abs=1e-3)
+    for k, values in expected["held_out"].items():
+        assert torch.allclose(detector.calibration["held_out"][k], values, atol=1e-3), k
+
 def test_images_get_the_detectors_verdicts(run, folder, tmp_path, monkeypatch, capsys):
     """issue: names with tabs; nothing in the results of the checkout is written over."""
     shutil.copytree(run, tmp_path / "results" / "digits")
@@ -1043,6 +1139,159 @@ def whole(tmp_path_factory):
     for command in short(run):
         start(*command)
     return run
+
+# --- What the trainings give their steps ---------------------------------------------------------
+def known_images(split):
+    """{bytes of a training image as floats: its label}, without the held-out ones."""
+    x, y = to_float(split.x[~split.held]), split.y[~split.held].tolist()
+    return {image.numpy().tobytes(): label for image, label in zip(x, y)}
+
+def labels_of(x, known):
+    """The true labels of float images, all of which must be training images."""
+    assert x.dtype == torch.float32 and x.min() == -1 and x.max() <= 1, "images are not in [-1, 1]"
+    found = [known.get(image.numpy().tobytes()) for image in x]
+    assert None not in found, "an image that is no training image, or a changed one"
+    return torch.tensor(found)
+
+def check_masks(x, x_m):
+    """x_m is x but for a rectangle of 0 in each image, drawn anew, of 10 to 30 percent."""
+    removed = x_m != x  # no pixel of 8 bits is 0 in [-1, 1]
+    assert (x_m[removed] == 0).all(), "what is removed is not 0"
+    h, w = removed.any(3).sum(2), removed.any(2).sum(2)
+    share = (h * w).float() / x[0, 0].numel()
+    assert torch.equal(h * w, removed.sum((2, 3))), "a mask is no rectangle"
+    assert share.min() >= 0.1 and share.max() <= 0.3 and share.std() > 0.02, "not 10 to 30 percent"
+    assert len({m.numpy().tobytes() for m in removed}) > len(x) / 10, "the masks are alike"
+
+def check_uniform(counts, expected):
+    """Chi-square by its degrees of freedom."""
+    chi2 = ((counts - expected)**2 / expected).sum() / (len(counts) - 1)
+    assert abs(chi2 - 1) < 6 * (2 / (len(counts) - 1)) ** 0.5, f"not uniform: {chi2:.2f} for 1"
+
+def look_at(module, names, monkeypatch, answer):
+    """module.train_step only notes its arguments under these names, and each optimiser's rates."""
+    seen = []
+    def note(*args):
+        seen.append(dict(zip(names, args)))
+        for name in names:
+            if name.startswith("opt"):
+                group, = seen[-1][name].param_groups
+                seen[-1][f"{name} rate"] = group["lr"]
+        seen[-1]["modes"] = [net.training for net in args[:2]]
+        return answer
+    monkeypatch.setattr(module, "train_step", note)
+    return seen
+
+# the arguments of the two train_step of today
+GEN_STEP = "G", "D", "opt_g", "opt_d", "x", "x_m", "y", "kl_weight"
+SCORER_STEP = "G", "scorer", "opt", "x", "x_m", "y", "right"
+
+@pytest.fixture(scope="module")
+def looked(tmp_path_factory):
+    """The loops of both trainings on the digits, big batches, with steps that only look."""
+    run, zero = tmp_path_factory.mktemp("looked"), torch.zeros(())
+    argv = ["--run", run, "--ch", 2]
+    with pytest.MonkeyPatch.context() as patch:
+        gen = look_at(train_gen, GEN_STEP, patch, dict(loss=zero))
+        sco = look_at(train_scorer, SCORER_STEP, patch, zero)
+        patch.setattr(train_scorer, "LOG_EVERY", 1)  # so that C_b is validated between steps
+        start(train_gen.main, *argv, "--steps", 4, "--batch-size", 4000, "--kl-weight", 0.25)
+        start(train_scorer.main, *argv, "--steps", 5, "--classifier-steps", 1)
+    return run, gen, sco, Split("digits", "train", list("012345"), 16)
+
+def check_adam(opt, net, name):
+    assert type(opt) is torch.optim.Adam and opt.defaults["betas"] == (0, 0.999), name
+    given = {id(p) for group in opt.param_groups for p in group["params"]}
+    assert given == {id(p) for p in net.parameters()}, f"{name} is not all that its Adam trains"
+
+def test_algorithm_1_is_given_masked_training_images_under_their_labels(looked):
+    _, seen, _, split = looked
+    known, assigned = known_images(split), []
+    assert len(seen) == 4
+    for step in seen:
+        assert torch.equal(step["y"], labels_of(step["x"], known)), "labels of other images"
+        check_masks(step["x"], step["x_m"])
+        assert step["kl_weight"] == 0.25
+        assert step["modes"] == [True, True], "a net is not in train mode"
+        assigned += [image.numpy().tobytes() for image in step["x"]]
+    counts = torch.tensor([assigned.count(image) for image in list(known)[::5]]).double()
+    check_uniform(counts, 16_000 / int((~split.held).sum()))
+    assert not torch.equal(seen[0]["x"], seen[1]["x"])
+
+def test_e_d_and_the_unet_are_all_that_their_optimisers_train(looked):
+    """Adam with betas 0 and 0.999 (A.2); D^Unet twice as fast as G, at a fixed rate."""
+    for step in looked[1]:
+        check_adam(step["opt_g"], step["G"], "G")
+        check_adam(step["opt_d"], step["D"], "D^Unet")
+        assert (step["opt_g rate"], step["opt_d rate"]) == (5e-4, 1e-3)
+
+@pytest.mark.parametrize("flags", [[], ["--unconditional"]])
+def test_the_generator_is_conditional_unless_asked_otherwise(flags, tmp_path, monkeypatch):
+    seen = look_at(train_gen, GEN_STEP, monkeypatch, dict(loss=torch.zeros(())))
+    start(train_gen.main, "--run", tmp_path, "--ch", 2, "--steps", 1, *flags)
+    (step,), x = seen, images(4)
+    G, D, y = step["G"].eval(), step["D"].eval(), torch.arange(4)
+    assert torch.equal(G(x, y)[0], G(x, y + 1)[0]) == bool(flags)
+    assert not torch.equal(D(x, y)[0], D(x, y + 1)[0])  # the discriminator sees y in both
+
+def test_c_b_is_given_right_pairs_and_pairs_under_wrong_labels(looked):
+    """Figure 3: (x, y) with the true label and, for the same masked image, another at random."""
+    run, _, seen, split = looked
+    known, offsets = known_images(split), []
+    saved = load(run, "generator")["generator"]
+    assert len(seen) == 5
+    for i, step in enumerate(seen):
+        x, x_m, y, right = (step[k] for k in ("x", "x_m", "y", "right"))
+        n = len(x) // 2
+        assert right.tolist() == [True] * n + [False] * n, "half of the pairs are right"
+        assert torch.equal(x[:n], x[n:]) and torch.equal(x_m[:n], x_m[n:]), "other images"
+        true = labels_of(x[:n], known)
+        assert torch.equal(y[:n], true), "a right pair's label is not the image's own"
+        offsets.append((y[n:] - true) % 6)
+        check_masks(x[:n], x_m[:n])
+        assert step["modes"] == [False, True], "G in eval(), C_b in train()"
+        assert step["opt rate"] == pytest.approx(1e-3 * (1 - i / 5)), "the rate falls to 0"
+        check_adam(step["opt"], step["scorer"], "C_b")
+        assert not any(p.requires_grad for p in step["G"].parameters()), "G is not frozen"
+        assert torch.equal(step["G"].encoder.mu.weight, saved["encoder.mu.weight"])
+    counts = torch.cat(offsets).bincount(minlength=6)
+    assert counts[0] == 0, "a wrong pair's label is right"
+    check_uniform(counts[1:].double(), len(torch.cat(offsets)) / 5)
+
+def test_the_classifiers_recipe_against_a_plain_one(whole, tmp_path, monkeypatch):
+    """SGD with Nesterov's momentum 0.9 and weight decay 5e-4, labels smoothed by 0.1, a rate that
+    rises over a quarter of the steps and falls to 0, on shifted training images in train()."""
+    shutil.copy(whole / "generator.pt", tmp_path)
+    batches, nets = [], []
+    shift, make = train_scorer.augment, train_scorer.make_classifier
+    def shifted(x, mirror):
+        assert not mirror
+        batches.append((x.clone(), shift(x, mirror)))
+        return batches[-1][1]
+    def made(*settings):
+        net = make(*settings)
+        nets.append(deepcopy(net))
+        return net
+    monkeypatch.setattr(train_scorer, "augment", shifted)
+    monkeypatch.setattr(train_scorer, "make_classifier", made)
+    start(train_scorer.main, "--run", tmp_path, "--steps", 1, "--classifier-steps", 5, "--ch", 2)
+    saved = load(tmp_path, "classifier")
+    known = known_images(Split("digits", "train", list("012345"), 16))
+    net, top = nets[0].train(), saved["settings"]["classifier_rate"]
+    velocity = [torch.zeros_like(p) for p in net.parameters()]
+    assert len(batches) == 5, "one shifted batch for each step"
+    for step, (x, given) in enumerate(batches):
+        target = 0.9 * F.one_hot(labels_of(x, known), 6) + 0.1 / 6
+        loss = -(target * net(given).log_softmax(1)).sum(1).mean()
+        grads = torch.autograd.grad(loss, list(net.parameters()))
+        rate = top * np.interp((step + 0.5) / 5, [0, 0.25, 1], [0, 1, 0])
+        with torch.no_grad():
+            for p, grad, v in zip(net.parameters(), grads, velocity):
+                grad = grad + 5e-4 * p
+                v.mul_(0.9).add_(grad)
+                p -= rate * (grad + 0.9 * v)
+    for name, theirs in net.named_parameters():
+        assert close(saved["classifier"][name], theirs), f"the classifier's {name}"
 
 def test_ctrl_c_keeps_a_checkpoint_and_resumes_bit_for_bit(whole, tmp_path, monkeypatch):
     gen, sco = short(tmp_path)
