@@ -109,20 +109,21 @@ def test_losses_against_second_implementations():
     mu, logvar = torch.randn(5, 128), torch.randn(5, 128)
     ours, unit = (torch.distributions.Normal(*p) for p in ((mu, (logvar / 2).exp()), (0.0, 1.0)))
     theirs = torch.distributions.kl_divergence(ours, unit).sum(1)
-    assert torch.allclose(kl_divergence(mu, logvar), theirs, rtol=1e-4)
+    assert torch.allclose(kl_divergence(mu, logvar), theirs, rtol=1e-4), "Eq. 1"
     real, fake = torch.randn(4), torch.randn(4)
     real_px, fake_px = torch.randn(4, 1, 8, 8), torch.randn(4, 1, 8, 8)
     is_real = lambda t: F.binary_cross_entropy_with_logits(t, torch.ones_like(t))
     is_fake = lambda t: F.binary_cross_entropy_with_logits(t, torch.zeros_like(t))
     assert torch.isclose(discriminator_loss(real, real_px, fake, fake_px),
-                         is_real(real) + is_fake(fake) + is_real(real_px) + is_fake(fake_px))
+                         is_real(real) + is_fake(fake) + is_real(real_px) + is_fake(fake_px)), (
+        "Eq. 3 to 5")
     x, y = images(4), images(4, seed=1)
     theirs = (2 * (is_real(fake) + is_real(fake_px)) + 3 * (x - y).abs().mean()
               + 5 * (x - y).square().mean() + 7 * (1 - ssim(x, y)).mean())
-    assert torch.isclose(generator_loss(fake, fake_px, x, y, 2, 3, 5, 7), theirs)
+    assert torch.isclose(generator_loss(fake, fake_px, x, y, 2, 3, 5, 7), theirs), "Eq. 6"
     # Eq. 2: relu(1 - 2), relu(1 - 0.5), relu(1 + 3) | relu(1 - 2), relu(1 + 0), relu(1 + 1)
     ours = hinge_loss(torch.tensor([2.0, 0.5, -3.0]), torch.tensor([-2.0, 0.0, 1.0]))
-    assert torch.isclose(ours, torch.tensor((0 + 0.5 + 4) / 3 + (0 + 1 + 2) / 3))
+    assert torch.isclose(ours, torch.tensor((0 + 0.5 + 4) / 3 + (0 + 1 + 2) / 3)), "Eq. 2"
 
 # --- The method line by line: nets, losses and steps against plain second versions --------------
 @torch.no_grad()
@@ -260,8 +261,8 @@ def test_a_conditional_batch_norm_takes_gain_and_bias_from_the_label(training):
     straight = (x - mean[:, None, None]) / (var[:, None, None] + 1e-5).sqrt()
     gain, bias = (e @ w[f"{k}.weight"].T for k in ("gain", "bias"))
     by_hand = (1 + gain)[:, :, None, None] * straight + bias[:, :, None, None]
-    assert torch.allclose(got, by_hand, atol=1e-9)
-    assert (gain.abs().amax(0) > 0.01).all() and (bias.abs().amax(0) > 0.01).all()
+    assert (gain.std(0) > 0.01).all() and (bias.std(0) > 0.01).all()
+    assert torch.allclose(got, by_hand, atol=1e-9), "not (1 + gain(e)) * normalised + bias(e)"
 
 def test_the_label_reaches_the_synthesis_through_every_gain_and_every_bias():
     torch.manual_seed(0)
@@ -276,7 +277,7 @@ def test_the_label_reaches_the_synthesis_through_every_gain_and_every_bias():
             if (j, other) != (i, kind):  # all but one path are cut
                 getattr(norms[j], other).weight.zero_()
         first, second = decoder(z, torch.tensor([0] * 3)), decoder(z, torch.tensor([1] * 3))
-        assert (first - second).abs().amax((1, 2, 3)).min() > 1e-4, f"{kind} of batch norm {i}"
+        assert (first - second).abs().amax((1, 2, 3)).min() > 1e-4, f"no label by {kind} {i}"
     for j, other in paths:
         getattr(norms[j], other).weight.zero_()
     assert torch.equal(decoder(z, torch.tensor([0] * 3)), decoder(z, torch.tensor([1] * 3)))
@@ -288,7 +289,7 @@ def test_a_projection_adds_what_the_label_says_of_h(shape):
     w, own = head.linear.weight[0], head.embed.weight
     for i, label in enumerate(y):
         by_hand = (torch.tensordot(w, h[i], 1) + 0.7 + torch.tensordot(own[label], h[i], 1))
-        assert torch.allclose(head(h, y)[i], by_hand, atol=1e-5), f"label {label}"
+        assert torch.allclose(head(h, y)[i], by_hand, atol=1e-5), "not w.h + b + embed(y).h"
 
 def test_both_heads_of_the_unet_and_the_binary_scorer_see_label_and_images():
     torch.manual_seed(0)
@@ -324,18 +325,20 @@ def test_z_is_mu_plus_sigma_times_noise_in_training_and_mu_after_it():
     _, mu, logvar = G(x, y)
     assert (mu - logvar).abs().max() > 0.5 and (logvar - 2).abs().max() > 0.01  # two heads
     noise = (seen[0] - mu) / (logvar / 2).exp()
-    assert noise.mean().abs() < 0.01 and (noise.mean(0).abs() < 0.12).all()
-    assert abs(noise.std() - 1) < 0.01 and (noise.std(0) - 1).abs().max() < 0.08
-    assert (torch.corrcoef(noise.T) - torch.eye(128)).abs().max() < 0.12
+    assert noise.mean().abs() < 0.01 and (noise.mean(0).abs() < 0.12).all(), "z is not around mu"
+    assert (noise.std(0) - 1).abs().max() < 0.08, "Sigma is not exp(logvar / 2)"
+    assert (torch.corrcoef(noise.T) - torch.eye(128)).abs().max() < 0.12, "shared noise"
+    assert (noise.pow(4).mean() - 3).abs() < 0.2, "the noise is not normal"
     assert torch.equal(seen[1], y)
     _, mu, _ = G.eval()(x[:9], y[:9])
-    assert torch.equal(seen[2], mu)
+    assert torch.equal(seen[2], mu), "eval() does not take mu"
 
 def test_a_generator_without_labels_ignores_them():
     x, y = images(6), torch.arange(6) % 3
     for conditional in (True, False):
         G = Generator(3, 2, 16, 1, conditional=conditional).eval()
-        assert torch.equal(G(x, y)[0], G(x, (y + 1) % 3)[0]) is not conditional
+        unmoved = torch.equal(G(x, y)[0], G(x, (y + 1) % 3)[0])
+        assert unmoved is not conditional, f"the label in G with conditional={conditional}"
     assert G.decoder.embed.num_embeddings == 1
 
 def plain_ssim(x, y):
@@ -391,20 +394,19 @@ def left_from_before(net):
     for p in net.parameters():
         p.grad = torch.ones_like(p)
 
-def close(ours, theirs):  # float32; the order of sums differs
+def close(ours, theirs, tolerance=1e-3):  # float32; the order of sums differs
     ours, theirs = (torch.as_tensor(t).detach() for t in (ours, theirs))
-    return (ours - theirs).norm() <= 1e-3 * theirs.norm() + 1e-5
+    return (ours - theirs).norm() <= tolerance * theirs.norm() + 1e-5
 
 def agree(name, net, start, plain, grads):
     """Gradients and updated weights of `net` are those of the plain version, and weights moved."""
-    moved = 0
+    moved = [(p != old).any() for p, old in zip(net.parameters(), start.parameters())]
+    assert sum(moved) > len(moved) / 2, f"{name} is not updated"
     own = zip(net.named_parameters(), plain.parameters(), start.parameters(), grads)
     for (key, ours), theirs, old, grad in own:
         assert ours.grad is not None, f"{name}'s {key} gets no gradient"
         assert close(ours.grad, grad), f"the gradient of {name}'s {key}"
         assert close(ours - old, theirs - old), f"{name}'s {key} after the update"
-        moved += bool((ours != old).any())
-    assert moved > len(grads) / 2, f"{name} is not updated"
 
 @pytest.mark.parametrize("conditional", [True, False])
 def test_an_iteration_of_algorithm_1_against_a_plain_one(conditional):
@@ -423,7 +425,7 @@ def test_an_iteration_of_algorithm_1_against_a_plain_one(conditional):
     torch.manual_seed(1)
     expected, grads_g, grads_d = plain_iteration(*plain, x, x_m, y, 0.25, 0.2, 0.3)
     for name, value in expected.items():
-        assert close(losses[name], value), f"{name}: {losses[name]:.5f} for {value:.5f}"
+        assert close(losses[name], value, 1e-5), f"{name}: {losses[name]:.5f} for {value:.5f}"
     agree("G", G, nets[0], plain[0], grads_g)
     agree("D^Unet", D, nets[1], plain[1], grads_d)
     assert min(float(v.detach()) for v in expected.values()) > 0.1  # each of them counts
@@ -449,7 +451,7 @@ def test_a_step_of_figure_3_against_a_plain_one():
                    for i, r in enumerate(right))
     grads = torch.autograd.grad(expected, list(plain.parameters()))
     descend(plain, grads, 0.2)
-    assert close(loss, expected), f"Eq. 2: {loss:.5f} for {expected:.5f}"
+    assert close(loss, expected, 1e-5), f"Eq. 2: {loss:.5f} for {expected:.5f}"
     agree("C_b", C_b, before, plain, grads)
     assert same(dict(G.state_dict()), dict(frozen.state_dict())), "G was trained with C_b"
     assert all(p.grad is None for p in G.parameters()), "G got gradients"
@@ -824,8 +826,8 @@ def listing(folder):
 def run(tmp_path_factory):
     """A short real training on the digits: all three scripts. They write into their run alone."""
     run, before = tmp_path_factory.mktemp("runs") / "digits", listing(HERE / "results")
-    start(train_gen.main, "--run", run, "--ch", 4, "--steps", 150)
-    start(train_scorer.main, "--run", run, "--steps", 150, "--classifier-steps", 100)
+    start(train_gen.main, "--run", run, "--ch", 4, "--steps", 80)
+    start(train_scorer.main, "--run", run, "--steps", 100, "--classifier-steps", 60)
     start(evaluate.main, "--run", run)
     assert listing(HERE / "results") == before  # issue: results of the checkout were replaced
     return run
@@ -846,7 +848,7 @@ def column(rows, name, which):
 
 def test_trainings_learn_and_evaluate_writes_numbers_that_agree(run):
     lines = [json.loads(ln) for ln in (run / "generator.jsonl").read_text().splitlines()]
-    assert lines[-1]["loss_g"] < 0.8 * lines[0]["loss_g"] and len(lines) == 15
+    assert lines[-1]["loss_g"] < 0.8 * lines[0]["loss_g"] and len(lines) == 8
     assert load(run, "scorer")["log"]["val_auroc"] > 0.7
     shown, rows, sets = results(run), table(run), ("in-distribution", "unknown")
     assert shown["n"] == {k: len(column(rows, "cb", k)) for k in sets}
@@ -876,7 +878,7 @@ def test_the_detector_masks_then_synthesises_under_y_then_compares(monkeypatch):
     mask = lambda x, i: random_mask(x, 0.3, torch.Generator().manual_seed(i))
     scorer = lambda *inputs: seen.append(inputs) or inputs[2].float()
     detector = tiny_detector({"seen": scorer}, mask=mask, masks=2)
-    assert torch.equal(detector.score(x, y)["seen"], y.float())
+    assert torch.equal(detector.score(x, y)["seen"], y.float()), "not the mean over the masks"
     assert len(seen) == 2
     for i, (given, x_fake, label) in enumerate(seen):
         assert torch.equal(given, x), "a scorer gets another x"
@@ -988,8 +990,8 @@ def test_the_second_run_goes_on_with_what_is_left(copy, capsys, monkeypatch):
     for name in ("scorer.pt", "results.json", "scores.csv", "detector.pt"):
         (copy / name).unlink()
     before = {name: (copy / f"{name}.pt").read_bytes() for name in ("generator", "classifier")}
-    start(train_gen.main, "--run", copy, "--ch", 4, "--steps", 150)
-    start(train_scorer.main, "--run", copy, "--steps", 20, "--classifier-steps", 100)
+    start(train_gen.main, "--run", copy, "--ch", 4, "--steps", 80)
+    start(train_scorer.main, "--run", copy, "--steps", 20, "--classifier-steps", 60)
     said = capsys.readouterr().out
     for name, content in before.items():
         assert f"{name}.pt is there" in said and (copy / f"{name}.pt").read_bytes() == content
@@ -1012,14 +1014,23 @@ def test_what_a_run_needs_is_checked_before_scoring(run, folder, tmp_path, offli
     start(train_gen.main, "--run", tmp_path, "--data", folder, "--ch", 2, "--steps", 1)
     assert "528 MB" in capsys.readouterr().out  # said at the start
 
-@pytest.fixture
-def colour(folder, tmp_path):
-    """A run that hardly learned, on a copy of the folder; the class "1" is not known."""
-    run, data = ["--run", tmp_path / "run", "--steps", 2], tmp_path / "data"
-    shutil.copytree(folder, data)
-    start(train_gen.main, *run, "--data", data, "--known-classes", "=1+1", "$x_{$", "--ch", 2)
+@pytest.fixture(scope="module")
+def trained_on_colour(folder, tmp_path_factory):
+    """A run that hardly learned, on the folder; the class "1" is not known."""
+    run = ["--run", tmp_path_factory.mktemp("colour") / "run", "--steps", 2, "--ch", 2]
+    start(train_gen.main, *run, "--data", folder, "--known-classes", "=1+1", "$x_{$")
     start(train_scorer.main, *run, "--net", "conv", "--classifier-steps", 2)
     return run[1]
+
+@pytest.fixture
+def colour(trained_on_colour, folder, tmp_path):
+    """A copy of that run whose data are a copy of the folder."""
+    run, data = shutil.copytree(trained_on_colour, tmp_path / "run"), tmp_path / "data"
+    shutil.copytree(folder, data)
+    saved = load(run, "generator")
+    saved["settings"]["data"] = str(data)
+    save_checkpoint(run / "generator.pt", saved)
+    return run
 
 def test_odd_names_reach_tables_and_pictures_escaped(colour, folder, monkeypatch):
     """issue: a class $x_{$, a name that is not UTF-8, a leading =, an OOD set named "."."""
@@ -1091,7 +1102,7 @@ def test_a_detector_knows_its_classifier(copy, folder, tmp_path):
     saved = load(copy, "generator")
     saved["generator"]["encoder.mu.bias"] += 1e-6
     save_checkpoint(copy / "generator.pt", saved)
-    for main, more in ((evaluate.main, []), (train_scorer.main, ["--steps", 150])):
+    for main, more in ((evaluate.main, []), (train_scorer.main, ["--steps", 100])):
         assert "another generator" in complaint(main, *run, "--classifier", own, *more)
 
 def test_a_detector_that_cannot_work_says_so(folder, tmp_path, capsys):
@@ -1116,12 +1127,16 @@ def test_unlabeled_images_train_a_second_scorer_and_are_no_ood_set(copy, folder,
     start(train_scorer.main, "--run", copy, "--extra", folder / "ood", "--steps", 4)
     outside = to_float(read_images(image_files(folder / "ood"), 1, 16))
     guesses = train_scorer.load_classifier(copy, None, "cpu")[0](outside).argmax(1).tolist()
-    pseudo = {x.numpy().tobytes(): y for x, y in zip(outside, guesses)}
+    pseudo, wrong = {x.numpy().tobytes(): y for x, y in zip(outside, guesses)}, set()
     for x, x_m, y, right in seen:  # half known, under both labels; half unlabeled, mismatched
         n = len(x) // 3
         assert right.tolist() == [True] * n + [False] * 2 * n and torch.equal(x[:n], x[n:2 * n])
         assert torch.equal(x_m[:n], x_m[n:2 * n]) and (y[:n] != y[n:2 * n]).all()
-        assert all(pseudo[a.numpy().tobytes()] != b for a, b in zip(x[2 * n:], y[2 * n:].tolist()))
+        more = [(pseudo[a.numpy().tobytes()], b) for a, b in zip(x[2 * n:], y[2 * n:].tolist())]
+        assert all(a != b for a, b in more), "an unlabeled image under its pseudo label"
+        wrong |= {(b - a) % 6 for a, b in more}
+        check_masks(x[2 * n:], x_m[2 * n:])
+    assert wrong == {1, 2, 3, 4, 5}, "not all other labels are drawn"
     argv = ["--run", copy, "--scorers", "cb", "cb_extra", "--masks", 2]
     assert "trained cb_extra" in complaint(evaluate.main, *argv, "--ood", folder / "ood")
     start(evaluate.main, *argv, "--ood", folder / "test" / "1")
@@ -1200,7 +1215,8 @@ def looked(tmp_path_factory):
     return run, gen, sco, Split("digits", "train", list("012345"), 16)
 
 def check_adam(opt, net, name):
-    assert type(opt) is torch.optim.Adam and opt.defaults["betas"] == (0, 0.999), name
+    adam = type(opt) is torch.optim.Adam and opt.defaults["betas"] == (0, 0.999)
+    assert adam, f"{name} is not trained by Adam with betas 0, 0.999"
     given = {id(p) for group in opt.param_groups for p in group["params"]}
     assert given == {id(p) for p in net.parameters()}, f"{name} is not all that its Adam trains"
 
@@ -1211,7 +1227,7 @@ def test_algorithm_1_is_given_masked_training_images_under_their_labels(looked):
     for step in seen:
         assert torch.equal(step["y"], labels_of(step["x"], known)), "labels of other images"
         check_masks(step["x"], step["x_m"])
-        assert step["kl_weight"] == 0.25
+        assert step["kl_weight"] == 0.25, "--kl-weight is not passed on"
         assert step["modes"] == [True, True], "a net is not in train mode"
         assigned += [image.numpy().tobytes() for image in step["x"]]
     counts = torch.tensor([assigned.count(image) for image in list(known)[::5]]).double()
@@ -1223,7 +1239,7 @@ def test_e_d_and_the_unet_are_all_that_their_optimisers_train(looked):
     for step in looked[1]:
         check_adam(step["opt_g"], step["G"], "G")
         check_adam(step["opt_d"], step["D"], "D^Unet")
-        assert (step["opt_g rate"], step["opt_d rate"]) == (5e-4, 1e-3)
+        assert (step["opt_g rate"], step["opt_d rate"]) == (5e-4, 1e-3), "the rates of G, D^Unet"
 
 @pytest.mark.parametrize("flags", [[], ["--unconditional"]])
 def test_the_generator_is_conditional_unless_asked_otherwise(flags, tmp_path, monkeypatch):
@@ -1231,8 +1247,8 @@ def test_the_generator_is_conditional_unless_asked_otherwise(flags, tmp_path, mo
     start(train_gen.main, "--run", tmp_path, "--ch", 2, "--steps", 1, *flags)
     (step,), x = seen, images(4)
     G, D, y = step["G"].eval(), step["D"].eval(), torch.arange(4)
-    assert torch.equal(G(x, y)[0], G(x, y + 1)[0]) == bool(flags)
-    assert not torch.equal(D(x, y)[0], D(x, y + 1)[0])  # the discriminator sees y in both
+    assert torch.equal(G(x, y)[0], G(x, y + 1)[0]) == bool(flags), "the label in G"
+    assert not torch.equal(D(x, y)[0], D(x, y + 1)[0]), "D^Unet sees y in both"
 
 def test_c_b_is_given_right_pairs_and_pairs_under_wrong_labels(looked):
     """Figure 3: (x, y) with the true label and, for the same masked image, another at random."""
@@ -1278,6 +1294,7 @@ def test_the_classifiers_recipe_against_a_plain_one(whole, tmp_path, monkeypatch
     saved = load(tmp_path, "classifier")
     known = known_images(Split("digits", "train", list("012345"), 16))
     net, top = nets[0].train(), saved["settings"]["classifier_rate"]
+    net.to(memory_format=torch.channels_last)  # as in training: other kernels round otherwise
     velocity = [torch.zeros_like(p) for p in net.parameters()]
     assert len(batches) == 5, "one shifted batch for each step"
     for step, (x, given) in enumerate(batches):
@@ -1290,8 +1307,8 @@ def test_the_classifiers_recipe_against_a_plain_one(whole, tmp_path, monkeypatch
                 grad = grad + 5e-4 * p
                 v.mul_(0.9).add_(grad)
                 p -= rate * (grad + 0.9 * v)
-    for name, theirs in net.named_parameters():
-        assert close(saved["classifier"][name], theirs), f"the classifier's {name}"
+    for name, theirs in net.named_parameters():  # decay makes 4e-4 of a weight here
+        assert close(saved["classifier"][name], theirs, 5e-5), f"the classifier's {name}"
 
 def test_ctrl_c_keeps_a_checkpoint_and_resumes_bit_for_bit(whole, tmp_path, monkeypatch):
     gen, sco = short(tmp_path)
