@@ -211,12 +211,12 @@ def plain_scorer(w, x, x_fake, y):
         h = plain_down(w, f"blocks.{i}", h, first=i == 0, down=i < 2)
     return (plain_projection(w, "head", h.relu().sum((2, 3)), y),)
 
-@pytest.mark.parametrize("make, plain", [(lambda: Encoder(2, 16, 3, 5), plain_encoder),
-                                         (lambda: Decoder(4, 2, 16, 3, 5), plain_decoder),
-                                         (lambda: UNetDiscriminator(4, 2, 3), plain_unet),
-                                         (lambda: BinaryScorer(4, 2, 3), plain_scorer)],
-                         ids=["E", "D", "D^Unet", "C_b"])
-def test_each_net_against_a_plain_second_version(make, plain):
+@pytest.mark.parametrize("make, plain, outputs", [
+    (lambda: Encoder(2, 16, 3, 5), plain_encoder, ["mu", "logvar"]),
+    (lambda: Decoder(4, 2, 16, 3, 5), plain_decoder, ["x'"]),
+    (lambda: UNetDiscriminator(4, 2, 3), plain_unet, ["image logit", "pixel logits"]),
+    (lambda: BinaryScorer(4, 2, 3), plain_scorer, ["score"])], ids=["E", "D", "D^Unet", "C_b"])
+def test_each_net_against_a_plain_second_version(make, plain, outputs):
     """The label's path, the skips of the U-Net, the blocks, the two heads of E."""
     torch.manual_seed(0)
     x, y, z = images(6, 3).double(), torch.arange(6) % 4, torch.randn(6, 5).double()
@@ -225,8 +225,9 @@ def test_each_net_against_a_plain_second_version(make, plain):
     net = worn(make(), *inputs)
     with torch.no_grad():
         ours, theirs = net(*inputs), plain(weights_of(net), *inputs)
-    for i, (a, b) in enumerate(zip([ours] if torch.is_tensor(ours) else ours, theirs)):
-        assert a.shape == b.shape and torch.allclose(a, b, rtol=1e-9, atol=1e-9), f"output {i}"
+    for name, a, b in zip(outputs, [ours] if torch.is_tensor(ours) else ours, theirs):
+        fine = a.shape == b.shape and torch.allclose(a, b, rtol=1e-9, atol=1e-9)
+        assert fine, f"{name} is not that of the layers in their order"
 
 def test_spectral_norm_and_an_orthogonal_start_in_every_layer_of_biggan():
     torch.manual_seed(0)
@@ -301,11 +302,11 @@ def test_both_heads_of_the_unet_and_the_binary_scorer_see_label_and_images():
                          ("x'", (x, x_fake.flip(0), y)), ("the order", (x_fake, x, y))):
         assert ((C_b(*inputs) - C_b(x, x_fake, y)).abs() > 1e-5).all(), f"C_b ignores {what}"
 
-def skip_gradient(D, x, y, layer):
-    """How much the pixel logits follow what D's block `layer` puts out, the deepest path cut."""
+def skip_gradient(D, x, y, layer, deeper):
+    """How much the pixel logits follow what D's block `layer` puts out, if not through `deeper`."""
     kept = []
     hooks = [getattr(D, layer).register_forward_hook(lambda m, i, out: kept.append(out)),
-             D.up1.register_forward_hook(lambda m, i, out: out.detach())]
+             getattr(D, deeper).register_forward_hook(lambda m, i, out: out.detach())]
     grad, = torch.autograd.grad(D(x, y)[1].sum(), kept[0], allow_unused=True)
     for hook in hooks:
         hook.remove()
@@ -313,8 +314,8 @@ def skip_gradient(D, x, y, layer):
 
 def test_the_unets_skips_reach_the_pixel_logits():
     D, x, y = UNetDiscriminator(3, 2, 1), images(4), torch.tensor([0, 1, 2, 0])
-    for layer in ("down1", "down2"):
-        assert skip_gradient(D, x, y, layer) > 0, f"the skip from {layer} is cut"
+    for layer, deeper in (("down1", "up2"), ("down2", "up1")):
+        assert skip_gradient(D, x, y, layer, deeper) > 0, f"the skip from {layer} is cut"
 
 def test_z_is_mu_plus_sigma_times_noise_in_training_and_mu_after_it():
     """Sigma is exp(logvar / 2); the noise is new for each image and each of the dimensions."""
@@ -1074,7 +1075,7 @@ def test_an_own_classifier_takes_the_place_of_ours(colour, folder, tmp_path, cap
     for file in ("script.pt", "export.pt"):
         argv = ["--run", colour, "--classifier", tmp_path / file]
         (colour / "scorer.pt").unlink()
-        start(train_scorer.main, *argv, "--steps", 2)
+        start(train_scorer.main, *argv, "--steps", 2, "--ch", 2)
         start(evaluate.main, *argv, "--ood", folder / "test/1", "--scorers", "cb", "ssim", "energy")
         assert results(colour)["predicted_labels"]["MSP"]["mean"]["accuracy"] == 1
         start(evaluate.main, *argv, "--images", folder / "ood")
