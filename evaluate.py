@@ -7,360 +7,335 @@
     python evaluate.py --run runs/cifar10 --images my_photos # verdicts on your own pictures
 
 In-distribution: the run's test split. OOD: its images of other classes ("unknown") and the sets
-after --ood. The headline uses y = C(x); the authors' protocol (true labels for in-distribution,
-random labels for OOD images) follows. Held-out training images fix p-values and thresholds: no test
-image chooses anything. Writes detector.pt, results.json, scores.csv and pictures to RUN or --out.
+after --ood. Writes detector.pt, results.json and scores.csv to RUN or --out.
 """
 
-import copy
 import csv
-import itertools
+import io
 import json
 import subprocess
 import sys
-import tempfile
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from sklearn.metrics import auc, precision_recall_curve, roc_auc_score
 from tqdm import tqdm
 
-from moodcat import SCORERS, ImageMask, MoodCat, fit_calibration, join, load_checkpoint
-from train_gen import (Parser, Split, find_images, image_files, image_hashes, read_images,
-                       run_script, to_float)
-from train_scorer import load_classifier, load_run, predict, weaknesses
+from moodcat import (SCORERS, ImageMask, MoodCat, Trained, concatenated, fit_calibration,
+                     joint_scores, load_checkpoint, load_weights, write_whole)
+from train_gen import (TORCHVISION, Parser, Split, find_images, image_files, image_hashes,
+                       read_images, run_script, to_float)
+from train_scorer import load_classifier, load_generator, predict, weaknesses
 
-DEFAULT_SCORERS = dict(digits=["cb", "ssim", "energy"],  # the paper's for colour, and energy
-                       colour=["cb", "lpips", "dists", "energy"])
+PROTOCOLS = {  # the labels under which in-distribution images are scored, and OOD images
+    "y = C(x)": ("C(x)", "C(x)"),            # the headline: what a deployed detector can do
+    "oracle labels": ("given", "given"),     # the authors' code: the truth; OOD: a random label
+    "true in-distribution": ("given", "C(x)")}
+DEFAULT_SCORERS = {"digits": ["cb", "ssim", "energy"],  # for photographs the paper's, and energy
+                   "photographs": ["cb", "lpips", "dists", "energy"]}
 TPR = 0.95                   # share of in-distribution images to accept
 ODIN_TEMPERATURE = 1000.0    # its paper's defaults; its step of 0.0014 is for images in [0, 1], ...
 ODIN_STEP = 2 * 0.0014       # ... ours span twice that
-# prefixes of the columns for either side; "oracle": true in-distribution, random for OOD
-LABELINGS = dict(predicted_labels=("", ""),             # y = C(x), the headline
-                 oracle_labels=("oracle ", "oracle "),  # the authors' code
-                 true_in_distribution=("oracle ", ""))  # the truth where there is one, else C(x)
-COLUMNS = dict(fpr95="FPR@TPR95", auroc="AUROC", aupr_in="AUPR-In", aupr_out="AUPR-Out",
-               accuracy="accuracy")
 
-# --- Metrics (section 4.2) and baselines ---------------------------------------------------------
+def evaluate(args, out):
+    """Calibrate and save the detector, score every set, write and print the numbers."""
+    run = TrainedRun(args)
+    sets = gather_sets(args, run)
+    detector = MoodCat(run.G, run.scorers, run.mask, args.masks)
+
+    # 1. Calibrate on held-out training images under y = C(x): no test image chooses anything.
+    held_out = score_set(detector, run.classifier, "held-out", *run.data.held_out_images())
+    reference = held_out["held-out", "C(x)"]
+    calibrate(detector, run, reference)
+    detector.save(out / "detector.pt")
+    if len(sets) == 1:
+        return print("the detector is calibrated; for numbers, name OOD sets after --ood")
+
+    # 2. Score every set twice: under the prediction, and under a label that is given.
+    scored = {}
+    for name, (x, truth, _) in sets.items():
+        scored |= score_set(detector, run.classifier, name, x, truth)
+    add_joint_scores(scored | held_out, reference.scores, run.scorers)
+
+    # 3. Every OOD set against the in-distribution test images, under each protocol.
+    tables = {protocol: tabulate(scored, *labels) for protocol, labels in PROTOCOLS.items()}
+    report(out, run, detector, scored, tables)
+    write_csv(out / "scores.csv", scored | held_out, sets, run)
+    print(f"{out}: results.json, scores.csv, detector.pt")
+
+class Scored(NamedTuple):
+    """N images under labels y (N,): scores {method: (N,)}, higher = in-distribution; the truth
+    (N,), -1 = OOD. Kept as scored[set, labels], labels "C(x)" or "given"."""
+    truth: torch.Tensor
+    y: torch.Tensor
+    scores: dict
+
+def score_set(detector, classifier, name, x, truth):
+    """uint8 images x (N, C, S, S), the truth (N,), -1 = OOD -> {(name, labels): Scored}. A label
+    that is given is the truth, for an OOD image a random one."""
+    K = detector.generator.settings["num_classes"]
+    logits = predict(classifier, x, K)
+    random = torch.randint(K, truth.shape, generator=torch.Generator().manual_seed(0))
+    given = torch.where(truth >= 0, truth, random.to(truth.device))
+    free = {"energy": logits.logsumexp(1), **odin(classifier, x)}  # whatever the label
+    scored = {}
+    for labels, y in {"C(x)": logits.argmax(1), "given": given}.items():
+        # log p(y given x): where y = C(x) it orders images as MSP does
+        msp = -F.cross_entropy(logits, y, reduction="none")                   # (N,)
+        parts = []
+        for rows in tqdm(torch.arange(len(x)).split(256), f"{name}, {labels}"):
+            parts.append(detector.mean_mismatch(to_float(x[rows]), y[rows]))
+        scores = {"MSP": msp, **concatenated(parts), **free}
+        scored[name, labels] = Scored(truth.cpu(), y.cpu(), {k: v.cpu() for k, v in scores.items()})
+    return scored
+
+def tabulate(scored, id_labels, ood_labels):
+    """{method: {set: metrics}} of a protocol. In-distribution images inside an OOD set join the
+    test images."""
+    test = scored["in-distribution", id_labels]
+    table = {method: {} for method in test.scores}
+    for name, labels in scored:
+        if name == "in-distribution" or labels != ood_labels:
+            continue  # a set stands there twice, once for each kind of labels
+        inside = scored[name, id_labels]
+        outside = scored[name, ood_labels]
+        known = inside.truth >= 0
+        accuracy = share_right(scored["in-distribution", "C(x)"], scored[name, "C(x)"])
+        for method, rows in table.items():
+            id_scores = torch.cat([test.scores[method], inside.scores[method][known]])
+            metrics = ood_metrics(id_scores, outside.scores[method][~known])
+            rows[name] = dict(metrics, accuracy=accuracy)
+    return table
+
 def ood_metrics(id_scores, ood_scores):
     """fpr95, auroc, aupr_in, aupr_out as fractions; scores (N,) and (M,), higher = in-distribution,
     the positive class (section 4.2). FPR@TPR95 accepts from the k-th largest in-distribution score,
     k = floor(0.95 N). AUPR is the trapezoid under the curve. Raises ValueError."""
-    from sklearn.metrics import auc, precision_recall_curve, roc_auc_score
-    inside, outside = (np.asarray(s, dtype=np.float64).ravel() for s in (id_scores, ood_scores))
-    scores, is_id = np.r_[inside, outside], np.arange(len(inside) + len(outside)) < len(inside)
-    if not len(inside) or not len(outside) or not np.isfinite(scores).all():
+    inside = np.asarray(id_scores, float)
+    outside = np.asarray(ood_scores, float)
+    scores = np.concatenate([inside, outside])
+    if not (len(inside) and len(outside) and np.isfinite(scores).all()):
         raise ValueError("metrics need finite scores of at least one image on each side")
-    threshold = np.sort(inside)[::-1][max(1, int(0.95 * len(inside) + 1e-9)) - 1]
-    aupr = lambda positive, s: float(auc(*precision_recall_curve(positive, s)[1::-1]))
+    is_id = np.arange(len(scores)) < len(inside)
+    k = max(1, int(0.95 * len(inside) + 1e-9))
+    threshold = np.sort(inside)[-k]
+
+    def aupr(positive, scores):
+        precision, recall, _ = precision_recall_curve(positive, scores)
+        return float(auc(recall, precision))
+
     return dict(fpr95=float((outside >= threshold).mean()),
-                auroc=float(roc_auc_score(is_id, scores)),
-                aupr_in=aupr(is_id, scores), aupr_out=aupr(~is_id, -scores))
+                auroc=roc_auc_score(is_id, scores),
+                aupr_in=aupr(is_id, scores),
+                aupr_out=aupr(~is_id, -scores))
 
-def baselines(classifier, x, logits, y):
-    """MSP, ODIN and energy (EBO) of float images x (B, C, S, S) with logits (B, K), higher =
-    in-distribution: {name: (B,)}. MSP is log p(y given x): for y = C(x) it orders as MSP does."""
-    scores = {"MSP": logits.log_softmax(1).gather(1, y[:, None])[:, 0], "EBO": logits.logsumexp(1)}
-    with torch.enable_grad():  # ODIN steps towards a higher softmax, then looks at it
-        x = x.clone().requires_grad_(True)
-        top = (classifier(x) / ODIN_TEMPERATURE).log_softmax(1).max(1).values.sum()
-    if top.requires_grad:  # a program without gradients has no ODIN
-        moved = x.detach() + ODIN_STEP * torch.autograd.grad(top, x)[0].sign()
-        with torch.no_grad():
-            scores["ODIN"] = (classifier(moved) / ODIN_TEMPERATURE).softmax(1).max(1).values
-    return scores
+def main(argv=None):
+    """Read the command line; judge pictures, or evaluate."""
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add("--ood", nargs="+", default=[], help="cifar10, cifar100, svhn, dtd, folders")
+    add("--out", help="folder for the results [RUN]")
+    add("--images", help="judge a picture or a folder of them")
+    args = parser.parse_args(argv)
+    out = Path(args.out or args.run)
+    if args.out:
+        out.mkdir(parents=True, exist_ok=True)  # what cannot be written is noticed before the work
+    if args.images:
+        judge_images(args)
+    else:
+        evaluate(args, out)
 
-# --- What to score -------------------------------------------------------------------------------
-def make_scorers(names, args, about, classifier):
-    """The scorers of these names, the checkpoints of trained ones. Raises OSError, ValueError."""
-    scorers, trained = {}, {}
-    for name in names:
-        if name not in SCORERS:
-            raise ValueError(f"no scorer {name!r}: {', '.join(SCORERS)}")
-        if name not in ("cb", "cb_extra"):
-            scorers[name] = SCORERS[name](None, classifier)
-            continue
-        kind = name.replace("cb", "scorer")
-        path = Path(args.run, f"{kind}.pt")
-        saved = trained[name] = load_checkpoint(path, kind, args.device)
-        settings = saved["settings"]
-        if settings["generator"] != about["id"]:
-            raise ValueError(f"{path} is of another generator.pt: delete it, run train_scorer.py")
-        size = {k: settings[k] for k in ("ch", "channels")}
-        scorers[name] = SCORERS[name](dict(size, num_classes=len(settings["classes"])), classifier)
-        scorers[name].load_state_dict(saved["scorer"])
-    return scorers, trained
+# --- Below: what serves them. The protocols and the numbers are above. ---------------------------
+COLUMNS = dict(fpr95="FPR@TPR95", auroc="AUROC", aupr_in="AUPR-In", aupr_out="AUPR-Out",
+               accuracy="accuracy")
 
-def gather_sets(args, about, trained):
+def make_parser(doc):
+    """The flags that say how a run is scored."""
+    parser = Parser(doc)
+    add = parser.add_argument
+    add("--scorers", nargs="+", choices=SCORERS, help=f"[{DEFAULT_SCORERS}]")
+    add("--masks", type=int, default=1, help="average each score over so many masks [%(default)s]")
+    add("--classifier", help="another run's, or a program, as trained with")
+    add("--seed", type=int, default=0, help="of the masks [%(default)s]")
+    return parser
+
+class TrainedRun:
+    """What a run's trainings have left: `G` and its checkpoint `generator`, training split `data`,
+    `classes`, `classifier` and its id, `scorers` {name: f}, `trained` {name: checkpoint} of G and
+    trained scorers, `mask`.
+    Raises OSError or ValueError."""
+    def __init__(self, args):
+        self.G, self.generator, self.data = load_generator(args)
+        settings = self.generator["settings"]
+        self.classes = settings["classes"]
+        self.classifier, self.classifier_id, _ = load_classifier(
+            args.run, args.classifier, args.device, self.classes)
+        self.mask = ImageMask(settings["mask_ratio"], args.seed, settings["mask"])
+        self.scorers = {}
+        self.trained = {"generator": self.generator}
+        for name in args.scorers or DEFAULT_SCORERS[settings["preset"]]:
+            row = SCORERS[name]
+            if isinstance(row, Trained):
+                path = Path(args.run, f"{row.checkpoint}.pt")
+                saved = load_checkpoint(path, row.checkpoint, args.device)
+                if saved["settings"]["generator"] != self.generator["id"]:
+                    raise ValueError(
+                        f"{path} is of another generator: delete it, run {row.command}")
+                self.trained[name] = saved
+                self.scorers[name] = row.net(**saved["settings"]["sizes"])
+                load_weights(self.scorers[name], saved["scorer"], path)
+            else:
+                self.scorers[name] = row(None, self.classifier)
+
+def gather_sets(args, run):
     """What to report on: {set: (uint8 images, labels, names)}, "in-distribution" first; label -1 =
     OOD, otherwise the class. Raises OSError or ValueError."""
-    settings = about["settings"]
-    test = Split(settings["data"], "test", settings["classes"], settings["image_size"], args.device)
-    if test.all_classes != about["all_classes"]:
-        raise ValueError(f"the test split has the classes {', '.join(test.all_classes)}, the "
-                         f"training split {', '.join(about['all_classes'])}: they must agree")
-    found = {"unknown": (test.unknown, test.unknown_names)} if len(test.unknown) else {}
+    test = Split(args.data, "test", run.classes, run.data.x.shape[2], args.device)
+    if test.all_classes != run.data.all_classes:
+        raise ValueError(f"the training split has not the test split's classes {test.all_classes}")
+    # what lies outside: {set: (images, names)}
+    outside = {"unknown": (test.unknown, test.unknown_names)} if len(test.unknown) else {}
     for name in args.ood:
-        known = name in ("cifar10", "cifar100", "svhn", "dtd")
-        images = find_images(name, "test")[0] if known else image_files(name)
-        key = name if known else "/".join(Path(name).resolve().parts[-2:])
-        if key in ("in-distribution", *found):
-            raise ValueError(f"there are two sets {key!r}: rename a folder")
-        x = read_images(images, settings["channels"], settings["image_size"])
-        found[key] = x.to(args.device), range(len(images)) if known else images
-    for key, (x, _) in found.items():
-        for name, saved in trained.items():
-            used = np.isin(image_hashes(x).numpy(), saved["settings"].get("extra_hashes", [])).sum()
-            if used:
-                raise ValueError(f"{used} images of the OOD set {key!r} trained {name}: use others")
-    outside = {key: (x, torch.full((len(x),), -1), names) for key, (x, names) in found.items()}
-    return {"in-distribution": (test.x, test.y, test.names), **outside}
+        if name in TORCHVISION:
+            title = name
+            images, _, _ = find_images(name, "test")
+            names = range(len(images))
+        else:
+            title = "/".join(Path(name).resolve().parts[-2:])
+            images = names = image_files(name)
+        if title in outside:
+            raise ValueError(f"there are two sets {title!r}: rename a folder")
+        outside[title] = read_images(images, *test.x.shape[1:3]).to(args.device), names
 
-# --- Scores of each image, and what follows from them --------------------------------------------
-def score_set(detector, classifier, x, labels, title):
-    """uint8 images x (N, C, S, S), labels (N,), -1 = OOD -> {column: (N,)} on the CPU: label,
-    prediction, scores under y = C(x), "oracle ..." under the truth (a random label for OOD)."""
-    labels, K = labels.cpu(), detector.generator.settings["num_classes"]
-    random = torch.randint(K, labels.shape, generator=torch.Generator().manual_seed(0))
-    oracle = torch.where(labels >= 0, labels, random)
-    plain, parts = copy.copy(detector), []
-    plain.scorers = {k: f for k, f in detector.scorers.items() if k != "energy"}  # that is EBO
-    plain.calibration = None
-    for rows in tqdm(torch.arange(len(x)).split(256), title, unit="batch"):
-        chunk, images = x[rows.to(x.device)], to_float(x[rows.to(x.device)])
-        logits = predict(classifier, chunk, K)
-        y, told = logits.argmax(1), oracle[rows].to(x.device)
-        part = dict(label=labels[rows], prediction=y, **baselines(classifier, images, logits, y))
-        part["oracle MSP"] = logits.log_softmax(1).gather(1, told[:, None])[:, 0]
-        for prefix, given in (("", y), ("oracle ", told)):
-            part.update({prefix + k: s for k, s in plain.score(images, given).items()})
-        parts.append({k: v.detach().cpu() for k, v in part.items()})
-    return {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
+    sets = {"in-distribution": (test.x, test.y, test.names)}
+    for title, (x, names) in outside.items():
+        for name, saved in run.trained.items():
+            if np.isin(image_hashes(x), saved["settings"].get("extra_hashes", [])).any():
+                raise ValueError(f"images of the OOD set {title!r} trained {name}: use others")
+        sets[title] = x, torch.full((len(x),), -1, device=x.device), names
+    return sets
 
-def calibrate(detector, held, about, trained, classifier_id):
-    """Fix the detector by the held-out images' score_set(), with warnings where it is weak."""
-    classes = about["settings"]["classes"]
-    accuracy = (held["label"] == held["prediction"]).double().mean().item()
-    weak = weaknesses(accuracy, len(classes), dict(generator=about, **trained))
+def odin(classifier, x):
+    """ODIN of uint8 images x (N, C, S, S), {"ODIN": (N,)}, or {} where there is no gradient: it
+    steps towards a higher softmax, then looks at that."""
+    parts = []
+    for part in x.split(256):
+        images = to_float(part).requires_grad_(True)
+        top = (classifier(images) / ODIN_TEMPERATURE).log_softmax(1).amax(1).sum()
+        if not top.requires_grad:
+            return {}
+        moved = images + ODIN_STEP * torch.autograd.grad(top, images)[0].sign()
+        with torch.no_grad():
+            parts.append((classifier(moved) / ODIN_TEMPERATURE).softmax(1).amax(1))
+    return {"ODIN": torch.cat(parts)}
+
+def calibrate(detector, run, held_out):
+    """Fix the detector by the held-out images, Scored under C(x); warn where it is weak."""
+    warnings = weaknesses(share_right(held_out), len(run.classes), run.trained)
+    scores = {name: held_out.scores[name] for name in detector.scorers}
     detector.calibration = dict(
-        fit_calibration({k: held["EBO" if k == "energy" else k] for k in detector.scorers}, TPR),
-        about=dict(classifier=classifier_id, classes=classes, warnings=weak))
+        fit_calibration(scores, TPR),
+        notes=dict(classifier=run.classifier_id, classes=run.classes, warnings=warnings))
 
-def add_joint(scored, held, names):
-    """In each set a column for each rule over `names`, without and with energy, by `held`."""
-    names = [name for name in names if name != "energy"]
-    for title, own in (("", names), (" with energy", [*names, "EBO"])):
-        calibration = fit_calibration({name: held[name] for name in own}, TPR) if own else None
-        for s, prefix in itertools.product(scored.values() if own else (), ("", "oracle ")):
-            pick = {name: s.get(prefix + name, s[name]) for name in own}
-            for rule, joint in join(pick, calibration["held_out"]).items():
-                s[prefix + rule + title] = joint
+def share_right(*sets):
+    """The accuracy of C(x) on the in-distribution images of sets Scored under C(x)."""
+    right = torch.cat([(s.y == s.truth)[s.truth >= 0] for s in sets])
+    return right.double().mean().item()
 
-def tabulate(scored, methods, labeling):
-    """{method: {set: metrics}}, with "mean" and "std over sets" (ddof 1) of several.
-    In-distribution images inside an OOD set join the test images."""
-    (inside, outside), table, sets = LABELINGS[labeling], {}, dict(scored)
-    test = sets.pop("in-distribution")
-    get = lambda s, prefix, method: s.get(prefix + method, s[method])  # a label may change nothing
-    for method in methods:
-        rows = {}
-        for name, s in sets.items():
-            ood = s["label"] < 0
-            known = torch.cat([test["label"], s["label"][~ood]])
-            predicted = torch.cat([test["prediction"], s["prediction"][~ood]])
-            id_scores = torch.cat([get(test, inside, method), get(s, inside, method)[~ood]])
-            rows[name] = ood_metrics(id_scores, get(s, outside, method)[ood])
-            rows[name]["accuracy"] = (known == predicted).double().mean().item()
-        if len(rows) > 1:
-            values = {c: [row[c] for row in rows.values()] for c in COLUMNS}
-            rows["mean"] = {c: float(np.mean(v)) for c, v in values.items()}
-            rows["std over sets"] = {c: float(np.std(v, ddof=1)) for c, v in values.items()}
-        table[method] = rows
-    return table
+def add_joint_scores(scored, held_out, scorers):
+    """To each Scored the scores of RULES over the scorers, without and with energy, by the even
+    half of the held-out images."""
+    without = [name for name in scorers if name != "energy"]
+    for title, names in (("", without), (" with energy", [*without, "energy"])):
+        reference = {name: held_out[name][::2] for name in names}
+        for s in scored.values() if names else ():
+            for rule, values in joint_scores(s.scores, reference).items():
+                s.scores[rule + title] = values
 
-def methods_of(scored):
-    """The score columns of {set: {column: (N,)}} that a table lists."""
-    return [c for c in next(iter(scored.values()))
-            if c not in ("label", "prediction") and not c.startswith("oracle ")]
+def report(out, run, detector, scored, tables):
+    """The numbers, written to OUT/results.json and printed."""
+    joint = detector.rule + " with energy" * ("energy" in detector.scorers)
+    n = {}
+    flagged = {}
+    for (name, labels), s in scored.items():
+        if labels == "C(x)":
+            n[name] = len(s.truth)
+            rejected = detector.rejects({detector.rule: s.scores[joint]})
+            flagged[name] = rejected.double().mean().item()
+    settings = {name: saved["settings"] for name, saved in run.trained.items()}
+    settings["classifier"] = getattr(run.classifier, "settings", None)
+    write_json(out / "results.json", dict(
+        provenance(), settings=settings, n=n, flagged=flagged, tpr=TPR,
+        classifier=run.classifier_id, scorers=list(detector.scorers), mask=run.mask.settings,
+        masks=detector.masks, rule=detector.rule, **tables))
+    for protocol, table in tables.items():
+        print(f"\n{protocol}\n{format_table(table)}")
+    print(f"\nFlagged as OOD by {joint}, its threshold from held-out images:",
+          *(f"{name} {share:.1%}" for name, share in flagged.items()))
 
 def format_table(table):
     """The rows of Table 1, in percent."""
-    wide = max(map(len, table)) + 2
-    width = max(len(s) for rows in table.values() for s in rows) + 2
-    lines = [f"{'method':{wide}s}{'OOD':{width}s}" + "".join(f"{c:>11s}" for c in COLUMNS.values())]
+    head = "".join(f"{title:>11s}" for title in COLUMNS.values())
+    lines = [f"{'method':34s}{'OOD':24s}{head}"]
     for method, rows in table.items():
-        for i, (name, row) in enumerate(rows.items()):
-            lines.append(f"{'' if i else method:{wide}s}{name:{width}s}"
-                         + "".join(f"{100 * row[c]:11.2f}" for c in COLUMNS))
+        for name, row in rows.items():
+            numbers = "".join(f"{100 * row[c]:11.2f}" for c in COLUMNS)
+            lines.append(f"{method:34s}{name:24s}{numbers}")
     return "\n".join(lines)
 
-def write_csv(path, scored, names, classes):
-    """A line an image: set, image, label, prediction, scores; text that spreadsheets would run,
-    by a leading "=" or the like, gets a quote."""
-    text = lambda value: "'" * (str(value)[:1] in ("=", "+", "-", "@")) + str(value)
-    columns, temporary = list(scored["in-distribution"]), Path(f"{path}.tmp")
-    with open(temporary, "w", newline="", errors="surrogateescape") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["set", "image", *columns])
-        for key, s in scored.items():
-            values = [[text(classes[v]) if v >= 0 else "OOD" for v in s[c].tolist()]
-                      if c in ("label", "prediction") else s[c].tolist() for c in columns]
-            rows = zip(names[key], *values)
-            writer.writerows([text(key), text(name), *row] for name, *row in rows)
-    temporary.replace(path)
+def write_csv(path, scored, sets, run):
+    """A line an image and label: set, labels, image, truth, y, scores."""
+    names = {name: images for name, (_, _, images) in sets.items()}
+    names["held-out"] = run.data.names[run.data.held_out.cpu()]
+    called = np.array([*run.classes, "OOD"])  # -1 is the last
+    lines = [["set", "labels", "image", "truth", "y", *scored["in-distribution", "C(x)"].scores]]
+    for (name, labels), s in scored.items():
+        columns = [values.tolist() for values in s.scores.values()]
+        for row in zip(names[name], called[s.truth], called[s.y], *columns):
+            lines.append([name, labels, *row])
+    text = io.StringIO()
+    csv.writer(text).writerows(lines)
+    write_whole(path, text.getvalue().encode(errors="surrogateescape"))
 
 def write_json(path, content):
     """Write a dict to `path`, whole or not at all. Raises OSError."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(f"{path}.tmp").write_text(json.dumps(content, indent=1) + "\n")
-    Path(f"{path}.tmp").replace(path)
+    write_whole(path, (json.dumps(content, indent=1) + "\n").encode())
 
 def provenance():
     """What a number depends on beside its settings: command, revision of this code, versions."""
     revision = subprocess.run("git describe --always --dirty=+", shell=True, text=True,
                               cwd=Path(__file__).parent, capture_output=True).stdout.strip()
-    packages = {p: version(p) for p in ("torch", "torchvision", "scikit-learn", "numpy")}
+    versions = {name: version(name) for name in ("torch", "scikit-learn", "numpy")}
     command = " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
-    return dict(command=command, revision=revision or "unknown",
-                versions=dict(packages, python=sys.version.split()[0]),
+    return dict(command=command, revision=revision, versions=versions,
                 threads=torch.get_num_threads())
 
-# --- Pictures ------------------------------------------------------------------------------------
-def draw_panel(path, detector, classes, blocks):
-    """Figures 5 to 8: ten uint8 images (N, C, S, S) of each block (title, images, y) under labels y
-    (N,): input, masked image, synthesis; below them label, joint score and verdict."""
-    from matplotlib.figure import Figure
-    fig = Figure(figsize=(9, 3.2 * len(blocks)), layout="constrained")
-    parts = fig.subfigures(len(blocks), squeeze=False)[:, 0]
-    plain = lambda text: text.encode(errors="backslashreplace").decode()  # names may be anything
-    for part, (title, images, y) in zip(parts, blocks):
-        x, y = to_float(images[:10]).to(detector.device), y[:10].to(detector.device)
-        with torch.no_grad():
-            _, x_m, x_fake = detector.synthesise(x, y)
-        scores = detector.score(x, y)
-        tall = torch.cat([F.pad(t, (1, 1, 1, 1), value=1.0) for t in (x, x_m, x_fake)], 2)
-        tall = ((tall + 1) / 2).permute(0, 2, 3, 1).squeeze(3).cpu().numpy()     # (N, 3(S+2), S+2)
-        part.suptitle(plain(f"{title}: input, masked, synthesis"), parse_math=False)
-        axes = part.subplots(1, 10, subplot_kw=dict(xticks=[], yticks=[], frame_on=False))
-        shown = zip(axes, tall, y, scores[detector.rule], detector.rejects(scores))
-        for ax, image, label, score, ood in shown:
-            ax.imshow(image, cmap="gray", vmin=0, vmax=1)
-            words = f"{plain(classes[label])[:12]}\n{score:.2f}\n{'OOD' if ood else 'accepted'}"
-            ax.set_xlabel(words, color="tab:red" if ood else "black", parse_math=False)
-    fig.savefig(path, dpi=100, bbox_inches="tight")
-
-# --- The two things this script does -------------------------------------------------------------
-def judge_images(args, out):
-    """--images: a line for each of the user's pictures, and a panel of the most suspicious."""
-    path = Path(args.run, "detector.pt")
-    if not path.exists():
-        raise OSError(f"{path} does not exist: run evaluate.py first")
+# --- Your pictures -------------------------------------------------------------------------------
+def judge_images(args):
+    """--images: a line for each of the user's pictures."""
     classifier, classifier_id, _ = load_classifier(args.run, args.classifier, args.device)
-    detector = MoodCat.load(path, args.device, classifier)
-    about = (detector.calibration or {}).get("about")
-    if not about or about["classifier"] != classifier_id:
-        raise ValueError(f"{path} was calibrated for another classifier: see --classifier")
-    for line in about["warnings"]:
-        print(f"warning: {line}")
-    want, files = detector.generator.settings, image_files(args.images)
-    x = read_images(files, want["channels"], want["image_size"]).to(args.device)
-    y = predict(classifier, x, want["num_classes"]).argmax(1)
-    parts = [detector.score(to_float(xs), ys) for xs, ys in zip(x.split(1024), y.split(1024))]
-    scores = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    detector = MoodCat.load(Path(args.run, "detector.pt"), args.device, classifier)
+    notes = detector.calibration["notes"]
+    if notes["classifier"] != classifier_id:
+        raise ValueError("the detector was calibrated for another classifier: see --classifier")
+    for line in notes["warnings"]:
+        print("warning:", line)
+    settings = detector.generator.settings
+    files = image_files(args.images)
+    x = read_images(files, settings["channels"], settings["image_size"]).to(args.device)
+    y = predict(classifier, x, settings["num_classes"]).argmax(1)
+    scores = detector.score(to_float(x), y)
     ood = detector.rejects(scores)
-    print("\t".join(["image", "prediction", *scores, "verdict"]))
-    for i, file in enumerate(files):
-        words = repr(file)[1:-1], about["classes"][y[i]], *(f"{s[i]:.4f}" for s in scores.values())
-        print("\t".join([*words, "OOD" if ood[i] else "in-distribution"]))
-    some = scores[detector.rule].argsort()[:10]
-    blocks = [("your images, the most suspicious", x[some], y[some])]
-    draw_panel(out / "images.png", detector, about["classes"], blocks)
-    print(f"{int(ood.sum())} of {len(files)} rejected; {out / 'images.png'}")
-
-def evaluate(args, out):
-    """Calibrate and save the detector, score every set, write and print the numbers."""
-    G, about, train = load_run(args)
-    settings, classes = about["settings"], about["settings"]["classes"]
-    classifier, classifier_id, _ = load_classifier(args.run, args.classifier, args.device, classes)
-    names = args.scorers or DEFAULT_SCORERS["digits" if settings["data"] == "digits" else "colour"]
-    scorers, trained = make_scorers(names, args, about, classifier)
-    sets = gather_sets(args, about, trained)
-    detector = MoodCat(G, scorers, ImageMask(settings["mask_ratio"], args.seed), args.masks)
-    # everything is fixed on held-out training images at y = C(x)
-    held = score_set(detector, classifier, train.x[train.held], train.y[train.held], "held-out")
-    calibrate(detector, held, about, trained, classifier_id)
-    detector.save(out / "detector.pt")
-    for line in detector.calibration["about"]["warnings"]:
-        print(f"warning: {line}")
-    if len(sets) == 1:
-        print(f"{out}/detector.pt is calibrated; for numbers, name OOD sets after --ood")
-        return
-    scored = {name: score_set(detector, classifier, x, y, name) for name, (x, y, _) in sets.items()}
-    add_joint({**scored, "held-out": held}, held, list(scorers))
-    report(args, out, detector, about, trained, scored, len(held["label"]))
-    names = {name: image_names for name, (_, _, image_names) in sets.items()}
-    names["held-out"] = train.names[train.held.cpu()]
-    write_csv(out / "scores.csv", {**scored, "held-out": held}, names, classes)
-    blocks = []
-    for name, (x, _, _) in sets.items():
-        some = np.random.default_rng(0).permutation(len(x))[:10]
-        blocks.append((name, x[some], scored[name]["prediction"][some]))
-    draw_panel(out / "panel.png", detector, classes, blocks)
-    print(f"{out}: results.json, scores.csv, detector.pt, panel.png")
-
-def report(args, out, detector, about, trained, scored, n_held):
-    """Tables from the scores, written to OUT/results.json and printed."""
-    methods = methods_of(scored)
-    tables = {labeling: tabulate(scored, methods, labeling) for labeling in LABELINGS}
-    n = {name: len(s["label"]) for name, s in scored.items()}
-    own = detector.rule + " with energy" * ("energy" in detector.scorers)
-    flagged = {name: detector.rejects({detector.rule: s[own]}).double().mean().item()
-               for name, s in scored.items()}
-    results = dict(
-        provenance(), settings=about["settings"], n=n, n_held_out=n_held, flagged=flagged, tpr=TPR,
-        steps={name: saved["step"] for name, saved in dict(trained, generator=about).items()},
-        classifier=detector.calibration["about"]["classifier"], scorers=list(detector.scorers),
-        mask=getattr(detector.mask, "settings", None), masks=detector.masks, rule=detector.rule,
-        odin=dict(temperature=ODIN_TEMPERATURE, step=ODIN_STEP), **tables)
-    write_json(out / "results.json", results)
-    print(f"\nPredicted labels, y = C(x); percent; {', '.join(f'{k} {v}' for k, v in n.items())} "
-          f"images\n{format_table(tables['predicted_labels'])}")
-    print("\nThe same under three labelings, AUROC / FPR@TPR95: y = C(x); the authors' oracle "
-          "labels\n(true in-distribution, random for OOD); true in-distribution, C(x) for OOD")
-    for method in methods:
-        if f"oracle {method}" in scored["in-distribution"]:
-            rows = [table[method] for table in tables.values()]
-            cells = [row.get("mean") or list(row.values())[0] for row in rows]
-            cells = ["{auroc:12.2%} /{fpr95:7.2%}".format(**cell) for cell in cells]
-            print(f"{'p(y given x)' if method == 'MSP' else method:20s}{''.join(cells)}")
-    print(f"\nFlagged as OOD by {own}, threshold for {TPR:.0%} TPR on held-out images: "
-          + ", ".join(f"{name} {share:.1%}" for name, share in flagged.items()))
-
-def main(argv=None):
-    """Read the command line."""
-    parser = Parser(__doc__)
-    add = parser.add_argument
-    add("--ood", nargs="+", default=[], metavar="SET", help="cifar10, cifar100, svhn, dtd, folders")
-    add("--scorers", nargs="+", metavar="NAME", help=f"of {' '.join(SCORERS)} {DEFAULT_SCORERS}")
-    add("--masks", type=int, default=1, help="average each score over so many masks [%(default)s]")
-    add("--classifier", metavar="FILE", help="another run's, or a program, as trained with")
-    add("--out", metavar="FOLDER", help="for the results [RUN]")
-    add("--images", metavar="PATH", help="judge a picture or a folder of them")
-    args = parser.parse_args(argv)
-    shipped = Path(__file__).resolve().parent / "results" / "digits"
-    missing = args.run == "runs/digits" and not Path(args.run).exists()
-    if args.images and missing and shipped.exists():
-        print(f"there is no {args.run}: the detector in {shipped} judges")
-        args.run, args.out = str(shipped), args.out or "."
-    out = Path(args.out or args.run)
-    if args.out:
-        out.mkdir(parents=True, exist_ok=True)
-    if out.exists():  # what cannot be written is noticed before the work
-        tempfile.TemporaryFile(dir=out).close()
-    judge_images(args, out) if args.images else evaluate(args, out)
+    print("image", "prediction", *scores, "verdict", sep="\t")
+    for file, label, rejected, *values in zip(files, y, ood, *scores.values()):
+        verdict = "OOD" if rejected else "in-distribution"
+        numbers = [f"{value:.4f}" for value in values]
+        print(repr(file)[1:-1], notes["classes"][label], *numbers, verdict, sep="\t")
+    print(f"{ood.sum()} of {len(files)} rejected")
 
 if __name__ == "__main__":
     run_script(main)

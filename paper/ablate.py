@@ -4,88 +4,110 @@
     python -m paper.ablate --run runs/digits --subsets       # Table 4 alone, from RUN/scores.csv
 """
 
-from itertools import combinations, product
+from functools import partial
+from itertools import combinations
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from evaluate import (LABELINGS, add_joint, format_table, gather_sets, methods_of, provenance,
+from evaluate import (PROTOCOLS, TrainedRun, format_table, gather_sets, make_parser, provenance,
                       tabulate, write_json)
-from moodcat import RULES, ImageMask
-from paper.common import Run, read_json, read_scores, run_parser
+from moodcat import ImageMask, joint_scores
+from paper.common import all_tables, read_json, read_scores, score_run
 from train_gen import run_script
 
 MASKS = (8, 4, 2, 1)
-GRID = 4  # "patch" and "shuffle" cut the image into GRID x GRID squares
+GRID = 4  # two styles cut the image into GRID x GRID squares
 
-class StyledMask:
-    """Table 11's other masks as MoodCat's mask f(x, i) -> (x_m, M): "none"; "fixed", a centred
-    square of that share of the area; "patch", that share of a 4 x 4 grid; "shuffle", the grid's
-    squares permuted, nothing removed. x (B, C, H, W); chance follows i alone. Raises ValueError."""
+# --- Table 11's masks: f(x, i) -> (x_m, M), as MoodCat takes them; chance follows i alone --------
+def no_mask(x, i=0):
+    """Nothing is removed."""
+    return x, torch.zeros_like(x[:, :1], dtype=torch.bool)
 
-    def __init__(self, style, ratio=0.3):
-        if style not in ("none", "fixed", "patch", "shuffle") or not 0 <= ratio <= 1:
-            raise ValueError(f"no mask {style!r} of {ratio}: none, fixed, patch, shuffle; 0 to 1")
-        self.settings = dict(style=style, ratio=ratio)
+def fixed_square(x, i=0, ratio=0.3):
+    """A centred square of that share of the area."""
+    _, mask = no_mask(x)
+    H, W = x.shape[2:]
+    h = round(H * ratio**0.5)
+    w = round(W * ratio**0.5)
+    top = (H - h) // 2
+    left = (W - w) // 2
+    mask[:, :, top:top + h, left:left + w] = True
+    return x.masked_fill(mask, 0.0), mask
 
-    def __call__(self, x, i=0):
-        style, ratio, (H, W) = self.settings["style"], self.settings["ratio"], x.shape[2:]
-        if style in ("patch", "shuffle") and (H % GRID or W % GRID):
-            raise ValueError(f"mask style {style!r} needs sides that are multiples of {GRID}")
-        order = torch.randperm(GRID**2, generator=torch.Generator().manual_seed(i)).to(x.device)
-        mask = torch.zeros(len(x), 1, H, W, dtype=torch.bool, device=x.device)
-        if style == "fixed":
-            h, w = (round(side * ratio**0.5) for side in (H, W))
-            top, left = (H - h) // 2, (W - w) // 2
-            mask[:, :, top:top + h, left:left + w] = True
-        elif style == "patch":
-            squares = (order < round(ratio * GRID**2)).view(GRID, GRID)
-            mask |= squares.repeat_interleave(H // GRID, 0).repeat_interleave(W // GRID, 1)
-        elif style == "shuffle":
-            cut = dict(kernel_size=(H // GRID, W // GRID), stride=(H // GRID, W // GRID))
-            x = F.fold(F.unfold(x, **cut)[:, :, order], (H, W), **cut)
-        return x.masked_fill(mask, 0.0), mask
+def grid_order(x, i):
+    """A random order of the squares (GRID^2,), and the side lengths of one. Raises ValueError."""
+    H, W = x.shape[2:]
+    if H % GRID or W % GRID:
+        raise ValueError(f"this mask needs sides that are multiples of {GRID}")
+    order = torch.randperm(GRID**2, generator=torch.Generator().manual_seed(i))
+    return order.to(x.device), (H // GRID, W // GRID)
 
-STYLES = {"none": StyledMask("none"), "fixed 0.1": StyledMask("fixed", 0.1),
-          "fixed 0.3": StyledMask("fixed"), "patch 0.3": StyledMask("patch"),
-          "shuffle": StyledMask("shuffle"), "random": ImageMask(),
-          "random 0.3 to 0.5": ImageMask((0.3, 0.5))}
+def random_squares(x, i=0, ratio=0.3):
+    """That share of the squares is removed."""
+    order, _ = grid_order(x, i)
+    squares = (order < round(ratio * GRID**2)).float().view(1, 1, GRID, GRID)
+    mask = F.interpolate(squares, x.shape[2:]).bool().repeat(len(x), 1, 1, 1)
+    return x.masked_fill(mask, 0.0), mask
 
-def subsets(scored, held, names):
-    """To each set of scores the joint scores of every subset of the scorers `names` (Table 4), as
-    columns "cb+ssim min-p" and so on; one alone is its own."""
-    for own in [own for n in range(2, len(names) + 1) for own in combinations(names, n)]:
-        copies = {key: dict(s) for key, s in scored.items()}
-        add_joint(copies, held, list(own))
-        for rule, (key, s) in product(RULES, scored.items()):
-            s.update({f"{p}{'+'.join(own)} {rule}": copies[key][p + rule] for p in ("", "oracle ")})
+def shuffled_squares(x, i=0):
+    """The squares change places; nothing is removed."""
+    order, sides = grid_order(x, i)
+    squares = F.unfold(x, sides, stride=sides)                           # (B, C h w, GRID^2)
+    return F.fold(squares[:, :, order], x.shape[2:], sides, stride=sides), no_mask(x)[1]
+
+STYLES = {
+    "none": no_mask,
+    "fixed 0.1": partial(fixed_square, ratio=0.1),
+    "fixed 0.3": fixed_square,
+    "patch 0.3": random_squares,
+    "shuffle": shuffled_squares,
+    "random": ImageMask(),
+    "random 0.3 to 0.5": ImageMask((0.3, 0.5))}
+
+# --- Table 4: which scorers ----------------------------------------------------------------------
+def add_subsets(scored, held_out, names):
+    """To each Scored the joint scores of every subset of the scorers `names`, as "cb+ssim min-p"
+    and so on, by the even half of held_out {scorer: (n,)}; one scorer alone is there already."""
+    for n in range(2, len(names) + 1):
+        for subset in combinations(names, n):
+            reference = {name: held_out[name][::2] for name in subset}
+            for s in scored.values():
+                for rule, joint in joint_scores(s.scores, reference).items():
+                    s.scores[f"{'+'.join(subset)} {rule}"] = joint
 
 def main(argv=None):
     """Score the run under every variation, write RUN/ablation.json, print the tables."""
-    parser = run_parser(__doc__)
+    parser = make_parser(__doc__)
     parser.add_argument("--subsets", action="store_true", help="Table 4 alone, from RUN/scores.csv")
+    parser.set_defaults(ood=[])  # the run's own test split alone
     args = parser.parse_args(argv)
-    path, content = Path(args.run, "ablation.json"), {}
+    tables = {}
     if args.subsets:
-        scored, names = read_scores(args.run), read_json(path.with_name("results.json"))["scorers"]
-        held = scored.pop("held-out")
+        names = read_json(Path(args.run, "results.json"))["scorers"]
+        scored = read_scores(args.run)
+        held_out = {key: scored.pop(key) for key in list(scored) if key[0] == "held-out"}
     else:
-        run = Run(args)
-        names, sets = run.names, gather_sets(args, run.about, run.trained)
-        variants = {f"mask {name}": (mask, 1) for name, mask in STYLES.items()}
-        variants.update({f"masks {n}": (None, n) for n in MASKS})
-        for title, (mask, n) in variants.items():  # a single random mask is last: the subsets' own
-            detector, held = run.detector(mask, n)
-            scored = run.score(detector, held, sets)
-            content[title] = tabulate(scored, methods_of(scored), "predicted_labels")
-    names = ["EBO" if name == "energy" else name for name in names]  # energy's column
-    subsets(scored, held, names)
-    content.update({f"subsets, {k}": tabulate(scored, methods_of(scored), k) for k in LABELINGS})
-    for title, table in content.items():
+        run = TrainedRun(args)
+        names = list(run.scorers)
+        sets = gather_sets(args, run)
+        variants = {f"mask {name}": (1, mask) for name, mask in STYLES.items()}
+        variants.update({f"masks {n}": (n, run.mask) for n in MASKS})
+        # a single random mask comes last: its scores are those that the subsets join
+        for title, (masks, mask) in variants.items():
+            _, scored, held_out = score_run(run, sets, masks, mask)
+            tables[title] = tabulate(scored, *PROTOCOLS["y = C(x)"])
+
+    # what is in the file already and is not measured now stays
+    add_subsets(scored, held_out["held-out", "C(x)"].scores, names)
+    for protocol, table in all_tables(scored).items():
+        tables[f"subsets, {protocol}"] = table
+    for title, table in tables.items():
         print(f"\n{title}\n{format_table(table)}")
-    old = read_json(path) if path.exists() else {}
-    write_json(path, {**old, **content, "about": dict(provenance(), scorers=names)})
+    path = Path(args.run, "ablation.json")
+    before = read_json(path) if path.exists() else {}
+    write_json(path, {**before, **provenance(), "scorers": names, **tables})
 
 if __name__ == "__main__":
     run_script(main)

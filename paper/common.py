@@ -8,54 +8,41 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from evaluate import DEFAULT_SCORERS, add_joint, calibrate, make_scorers, score_set
-from moodcat import ImageMask, MoodCat
+from evaluate import PROTOCOLS, Scored, add_joint_scores, calibrate, score_set, tabulate
+from moodcat import MoodCat
 from train_gen import Parser
-from train_scorer import load_classifier, load_run
 
 class PlainParser(argparse.ArgumentParser):
     """For scripts that load no run; a wrong flag ends in one line, as in the core."""
     error = Parser.error
 
-def run_parser(doc):
-    """The core's parser with evaluate.py's flags that say how a run is scored."""
-    parser = Parser(doc)
-    parser.add_argument("--scorers", nargs="+", metavar="NAME", help="[as evaluate.py]")
-    parser.add_argument("--masks", type=int, default=1, help="average over so many [%(default)s]")
-    parser.add_argument("--classifier", metavar="FILE", help="in place of RUN/classifier.pt")
-    parser.set_defaults(ood=[])  # so that gather_sets() gathers the run's own test split alone
-    return parser
+# --- A run ---------------------------------------------------------------------------------------
+def score_run(run, sets, masks=1, mask=None):
+    """Score {set: (uint8 images, truth, names)} with a TrainedRun, as evaluate.py does: the mean
+    over `masks` masks, of another kind if `mask` is given. -> the calibrated detector, {(set,
+    labels): Scored}, and the same of the held-out images, whose set is "held-out"."""
+    detector = MoodCat(run.G, run.scorers, mask or run.mask, masks)
+    held_out = score_set(detector, run.classifier, "held-out", *run.data.held_out_images())
+    predicted = held_out["held-out", "C(x)"]
+    calibrate(detector, run, predicted)
+    scored = {}
+    for name, (x, truth, _) in sets.items():
+        scored |= score_set(detector, run.classifier, name, x, truth)
+    add_joint_scores(scored | held_out, predicted.scores, run.scorers)
+    return detector, scored, held_out
 
-class Run:
-    """A trained run: nets, classifier, training split; args as run_parser() reads them. Raises
-    OSError or ValueError."""
+def all_tables(scored):
+    """{protocol: {method: {set: metrics}}}, as results.json has them."""
+    return {protocol: tabulate(scored, *labels) for protocol, labels in PROTOCOLS.items()}
 
-    def __init__(self, args):
-        self.args, (self.G, self.about, self.train) = args, load_run(args)
-        self.settings, self.classes = self.about["settings"], self.about["settings"]["classes"]
-        self.classifier, self.id, _ = load_classifier(args.run, args.classifier, args.device,
-                                                      self.classes)
-        kind = "digits" if self.settings["data"] == "digits" else "colour"
-        self.names = args.scorers or DEFAULT_SCORERS[kind]
-        self.scorers, self.trained = make_scorers(self.names, args, self.about, self.classifier)
+def settings_of(run):
+    """The settings of all that a TrainedRun consists of, as results.json has them."""
+    settings = {name: saved["settings"] for name, saved in run.trained.items()}
+    settings["generator"] = run.generator["settings"]
+    settings["classifier"] = getattr(run.classifier, "settings", None)
+    return settings
 
-    def detector(self, mask=None, masks=None):
-        """The detector under a mask f(x, i) -> (x_m, M), averaged over `masks` of them, calibrated
-        on the held-out images; and those images' scores {column: (n,)}."""
-        mask = mask or ImageMask(self.settings["mask_ratio"], self.args.seed)
-        detector = MoodCat(self.G, self.scorers, mask, masks or self.args.masks)
-        x, y = self.train.x[self.train.held], self.train.y[self.train.held]
-        held = score_set(detector, self.classifier, x, y, "held-out")
-        calibrate(detector, held, self.about, self.trained, self.id)
-        return detector, held
-
-    def score(self, detector, held, sets):
-        """{set: (uint8 images (N, C, S, S), labels (N,), names)} -> {set: {column: (N,)}}."""
-        scored = {name: score_set(detector, self.classifier, x.to(detector.device), labels, name)
-                  for name, (x, labels, _) in sets.items()}
-        add_joint(scored, held, self.names)
-        return scored
-
+# --- What evaluate.py wrote ----------------------------------------------------------------------
 def read_json(path):
     """A results file, as a dict. Raises OSError or ValueError."""
     if not Path(path).is_file():
@@ -66,24 +53,45 @@ def read_json(path):
         raise ValueError(f"{path} is damaged ({error}): evaluate that run again") from error
 
 def read_scores(run):
-    """RUN/scores.csv as evaluate.py had it: {set: {column: (N,)}}, "held-out" among the sets; label
-    -1 = OOD. Raises OSError or ValueError."""
-    classes = read_json(Path(run, "results.json"))["settings"]["classes"]
-    index = {"OOD": -1, **{quote + c: i for i, c in enumerate(classes) for quote in ("'", "")}}
-    sets = {}
-    with open(Path(run, "scores.csv"), newline="", errors="surrogateescape") as file:
-        (_, _, *columns), *lines = csv.reader(file)
-    for name, _, *values in lines:
-        sets.setdefault(name, []).append(values)
-    number = lambda c: index.get if c in ("label", "prediction") else float
-    return {name: {c: torch.tensor(list(map(number(c), values)))
-                   for c, values in zip(columns, zip(*rows))} for name, rows in sets.items()}
+    """RUN/scores.csv as evaluate.py had it: {(set, labels): Scored}, "held-out" among the sets.
+    Raises OSError or ValueError."""
+    results = read_json(Path(run, "results.json"))
+    index = {name: i for i, name in enumerate(results["settings"]["generator"]["classes"])}
+    index.setdefault("OOD", -1)
+    with open(Path(run, "scores.csv"), newline="") as file:
+        head, *lines = csv.reader(file)
+    methods = head[5:]
 
+    # the lines of one set and kind of labels, without these and the image's name
+    groups = {}
+    for name, labels, _, *values in lines:
+        groups.setdefault((name, labels), []).append(values)
+    scored = {}
+    for key, group in groups.items():
+        truth, y, *columns = zip(*group)
+        scored[key] = Scored(
+            torch.tensor([index[name] for name in truth]),
+            torch.tensor([index[name] for name in y]),
+            {method: torch.tensor([float(value) for value in column])
+             for method, column in zip(methods, columns)})
+    return scored
+
+def metric_of(rows, name, metric):
+    """A metric of the set `name` in a method's rows {set: metrics}; of "mean", its mean over all
+    these sets (SC-OOD). Raises KeyError."""
+    if name == "mean":
+        return np.mean([row[metric] for row in rows.values()])
+    return rows[name][metric]
+
+# --- Tables --------------------------------------------------------------------------------------
 def mean_std(values, digits=2, sign=""):
     """Numbers -> "mean ± standard deviation" (ddof 1); the mean alone of one."""
-    spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
-    return f"{np.mean(values):{sign}.{digits}f}{spread}"
+    text = f"{np.mean(values):{sign}.{digits}f}"
+    if len(values) > 1:
+        text += f" ± {np.std(values, ddof=1):.{digits}f}"
+    return text
 
 def markdown(head, rows):
     """Column titles and rows of text -> a Markdown table."""
-    return "".join(f"| {' | '.join(line)} |\n" for line in (head, ["---"] * len(head), *rows))
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)

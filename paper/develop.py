@@ -10,7 +10,7 @@ Writes these and how x' follows x and y into RUN/develop.json, which `python -m 
 --file develop.json` reads, too.
 """
 
-import itertools
+import copy
 import math
 from pathlib import Path
 
@@ -19,21 +19,20 @@ import torch
 
 import train_gen
 import train_scorer
-from evaluate import (LABELINGS, add_joint, methods_of, provenance, score_set, tabulate,
-                      write_json)
+from evaluate import Scored, TrainedRun, make_parser, provenance, write_json
 from moodcat import kl_divergence
 from paper import compare
-from paper.common import Run, run_parser
+from paper.common import all_tables, score_run, settings_of
 
 MOST = 2000  # OOD images, evenly spaced
 SPLITS = dict(a=("0123", "45"), b=("2345", "01"), c=("0145", "23"))  # known, unknown digits
 
-def unknown_rows(settings, wanted):
+def unknown_rows(data, known, wanted):
     """Which rows of Split.unknown (the training split's) show the classes `wanted`, None = all: at
     most MOST. Raises ValueError."""
-    _, y, classes = train_gen.find_images(settings["data"], "train")
-    outside = [classes[label] for label in y if classes[label] not in settings["classes"]]
-    rows = np.flatnonzero([wanted is None or name in wanted for name in outside])
+    _, labels, classes = train_gen.find_images(data, "train")
+    unknown = [classes[label] for label in labels if classes[label] not in known]
+    rows = np.flatnonzero([wanted is None or name in wanted for name in unknown])
     if not len(rows):
         raise ValueError("no training image of an unknown class: train with fewer --known-classes")
     return torch.from_numpy(rows[::math.ceil(len(rows) / MOST)])
@@ -43,55 +42,71 @@ def synthesis(G, mask, x, y):
     """How x' follows x and y, for uint8 images x (N, C, S, S), y (N,): nats that z carries, l1 to x
     and l1 between x' under y and under the next label, both as pixel means on [-1, 1]."""
     sums = torch.zeros(3, dtype=torch.float64)
-    for xs, ys in zip(train_gen.to_float(x).split(256), y.split(256)):
-        x_m, _ = mask(xs)
-        x_fake, mu, logvar = G(x_m, ys)
-        other = G(x_m, (ys + 1) % G.settings["num_classes"])[0]
-        l1s = [(x_fake - image).abs().mean((1, 2, 3)) for image in (xs, other)]
-        sums += torch.stack([kl_divergence(mu, logvar), *l1s]).sum(1).double().cpu()
-    return dict(zip(("nats", "l1", "change"), (sums / len(x)).tolist()))
+    for images, labels in zip(train_gen.to_float(x).split(256), y.split(256)):
+        x_m, _ = mask(images)
+        x_fake, mu, logvar = G(x_m, labels)
+        x_other, _, _ = G(x_m, (labels + 1) % G.settings["num_classes"])
+        l1 = (x_fake - images).abs().mean((1, 2, 3))
+        change = (x_fake - x_other).abs().mean((1, 2, 3))
+        sums += torch.stack([kl_divergence(mu, logvar), l1, change]).sum(1).double().cpu()
+    nats, l1, change = (sums / len(x)).tolist()
+    return dict(nats=nats, l1=l1, change=change)
+
+def odd_half(s):
+    """A Scored of the images 1, 3, 5, ..."""
+    scores = {method: values[1::2] for method, values in s.scores.items()}
+    return Scored(s.truth[1::2], s.y[1::2], scores)
 
 def develop(args, wanted):
     """Score one run, write its develop.json."""
-    run = Run(args)
-    detector, held = run.detector()
-    x = run.train.unknown[unknown_rows(run.settings, wanted).to(args.device)]
-    unknown = score_set(detector, run.classifier, x, torch.full((len(x),), -1), "unknown")
-    scored = {"in-distribution": {c: s[1::2] for c, s in held.items()}, "unknown": unknown}
-    add_joint(scored, held, run.names)  # fits on the even half of `held`
-    x, y = run.train.x[run.train.held], run.train.y[run.train.held]
-    follows = synthesis(run.G, detector.mask, x, y)
-    print(f"{args.run}: z carries {follows['nats']:.1f} nats, l1 to x {follows['l1']:.3f}, "
-          f"change with y {follows['change']:.3f}")
+    args = copy.copy(args)  # loading a run writes its data's name there
+    run = TrainedRun(args)
+    rows = unknown_rows(args.data, run.classes, wanted).to(args.device)
+    x = run.data.unknown[rows]
+    truth = torch.full_like(rows, -1)
+    detector, scored, held_out = score_run(run, {"unknown": (x, truth, rows)}, args.masks)
+    for (_, labels), s in held_out.items():
+        scored["in-distribution", labels] = odd_half(s)
+    follows = synthesis(run.G, detector.mask, *run.data.held_out_images())
+    print("{run}: z carries {nats:.1f} nats, l1 to x {l1:.3f}, change with y {change:.3f}".format(
+        run=args.run, **follows))
     write_json(Path(args.run, "develop.json"), dict(
-        provenance(), split="development", settings=run.settings, scorers=run.names,
-        masks=args.masks, synthesis=dict(generator={"held-out": follows}),
-        n={name: len(s["label"]) for name, s in scored.items()},
-        **{labels: tabulate(scored, methods_of(scored), labels) for labels in LABELINGS}))
+        provenance(), split="development", settings=settings_of(run), scorers=list(run.scorers),
+        mask=run.mask.settings, masks=args.masks, rule=detector.rule,
+        n={name: len(s.truth) for (name, _), s in scored.items()},
+        synthesis=dict(generator={"held-out": follows}), **all_tables(scored)))
+
+def train_digits(folder):
+    """The nine runs of the digits -> {run folder: unknown classes}."""
+    runs = {}
+    for seed in "012":
+        for split, (known, unknown) in SPLITS.items():
+            run = f"{folder}/{split}-{seed}"
+            flags = ["--run", run, "--seed", seed, "--resume"]
+            train_gen.main([*flags, "--known-classes", *known])
+            train_scorer.main(flags)
+            runs[run] = list(unknown)
+    return runs
 
 def main(argv=None):
     """Read the command line."""
-    parser = run_parser(__doc__)
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add("runs", nargs="*", metavar="RUN", help="folders [--run]")
     add("--digits", metavar="FOLDER", help="train and score the digits' nine runs there")
     add("--unknown-classes", nargs="+", metavar="CLASS", help="[all that the run does not know]")
     add("--first", metavar="METHOD", default="min-p", help="print the gain over it [%(default)s]")
     args = parser.parse_args(argv)
-    runs = dict.fromkeys(args.runs or [args.run], args.unknown_classes)
     if args.digits:
-        runs = {}
-        for seed, (split, (known, unknown)) in itertools.product("012", SPLITS.items()):
-            flags = ["--run", f"{args.digits}/{split}-{seed}", "--seed", seed, "--resume"]
-            train_gen.main([*flags, "--known-classes", *known])
-            train_scorer.main(flags)
-            runs[flags[1]] = list(unknown)
+        runs = train_digits(args.digits)
+    else:
+        runs = dict.fromkeys(args.runs or [args.run], args.unknown_classes)
     for args.run, wanted in runs.items():
         develop(args, wanted)
     results = compare.load(list(runs), "develop.json")
-    for labels in ("predicted_labels", "oracle_labels"):
-        print(f"\n{labels}; mean ± standard deviation (ddof 1) over {compare.said_over(results)}")
-        print(compare.table(results, labels, args.first), end="")
+    for protocol in ("y = C(x)", "oracle labels"):
+        print(f"\n{protocol}; mean ± standard deviation (ddof 1) over {compare.describe(results)}")
+        print(compare.table(results, protocol, args.first), end="")
 
 if __name__ == "__main__":
     train_gen.run_script(main)

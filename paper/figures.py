@@ -1,10 +1,12 @@
 """Pictures of a run, at most 1,000 px wide, written into --out (RUN, where none is named).
 
     python -m paper.figures --run runs/digits
-    python -m paper.figures --run runs/digits --only method --out results
+    python -m paper.figures --run runs/digits --only method labels --out results
 
-method.png: Figure 2 redrawn, from the test image of median score of either kind. masks.png: Figure
-4 on the same images. histograms.png, roc.png: scores.csv. curves.png: the logs of the trainings.
+method.png: Figure 2 redrawn, of the known and the unknown test images the one of median score.
+masks.png: Figure 4 on the same two. labels.png: x' under every label, for the first two test images
+of either kind, as the test split has them. panel.png: Figures 6 and 7, ten test images of either
+kind. histograms.png, roc.png: scores.csv. curves.png: the logs of the trainings.
 """
 
 import json
@@ -12,85 +14,181 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
-from evaluate import methods_of
+from evaluate import make_parser
 from moodcat import MoodCat
 from paper.ablate import STYLES
-from paper.common import read_scores, run_parser
-from train_gen import Split, run_script, to_float
+from paper.common import read_scores
+from train_gen import Split, find_images, run_script, stored_settings, to_float
 from train_scorer import load_classifier, predict
 
-def show(ax, image, title):
-    """image (1, C, S, S) in [-1, 1]."""
-    image = (image[0].cpu().permute(1, 2, 0).numpy().squeeze() + 1) / 2
-    ax.imshow(image, cmap="gray", vmin=0, vmax=1)
-    ax.set_title(title, fontsize=11, parse_math=False)
-    ax.axis("off")
-
+# --- The test images, by a rule that looks at no score or takes the median -----------------------
 def load(args):
-    """RUN's detector, its classes and {kind: (x (1, C, S, S), y (1,))}: the known and the unknown
-    test image of median joint score. Raises OSError or ValueError."""
+    """RUN's detector, its classes and the test images {kind: (float x (N, C, S, S), C(x) (N,), true
+    class names)}. Raises OSError or ValueError."""
     classifier, _, _ = load_classifier(args.run, args.classifier, args.device)
     detector = MoodCat.load(Path(args.run, "detector.pt"), args.device, classifier)
-    classes, chosen = detector.calibration["about"]["classes"], {}
-    test = Split(args.data or "digits", "test", classes, detector.generator.settings["image_size"])
-    for kind, x in (("in-distribution", test.x), ("OOD", test.unknown)):
-        x = x.to(detector.device)
-        y = predict(classifier, x, len(classes)).argmax(1)
-        i = detector.score(to_float(x), y)[detector.rule].argsort()[len(x) // 2, None]
-        chosen[kind] = to_float(x[i]), y[i]
-    return detector, classes, chosen
+    classes = detector.calibration["notes"]["classes"]
+    size = detector.generator.settings["image_size"]
+    data = args.data or stored_settings(args.run, "generator").get("data", "digits")
+    test = Split(data, "test", classes, size, args.device)
+    if not len(test.unknown):
+        raise ValueError(f"{data} has no test image of an unknown class: this figure needs some")
+    _, labels, names = find_images(data, "test")
+    truth = np.array(names)[np.array(labels)]
+    known = np.isin(truth, classes)
+    y = predict(classifier, test.x, len(classes)).argmax(1)
+    y_unknown = predict(classifier, test.unknown, len(classes)).argmax(1)
+    images = {"in-distribution": (to_float(test.x), y, truth[known]),
+              "OOD": (to_float(test.unknown), y_unknown, truth[~known])}
+    return detector, classes, images
+
+def medians(detector, images):
+    """Of each kind the image of median score: {kind: (x (1, C, S, S), C(x) (1,), true class)}."""
+    chosen = {}
+    for kind, (x, y, truth) in images.items():
+        order = detector.score(x, y)[detector.rule].argsort()
+        i = order[len(order) // 2].item()
+        chosen[kind] = x[i:i + 1], y[i:i + 1], truth[i]
+    return chosen
+
+def printable(text):
+    """Names of classes and sets may be anything."""
+    return text.encode(errors="backslashreplace").decode()
+
+# --- The figures ---------------------------------------------------------------------------------
+def show(ax, image, title=""):
+    """image (1, C, S, S) in [-1, 1], without axes."""
+    pixels = (image[0].cpu().permute(1, 2, 0).numpy().squeeze() + 1) / 2
+    ax.imshow(pixels, cmap="gray", vmin=0, vmax=1)
+    ax.set_title(printable(title), fontsize=11, parse_math=False)
+    ax.set(xticks=[], yticks=[], frame_on=False)
 
 @torch.no_grad()
 def draw_method(args):
-    """Figure 2, a row an image: x, M(x), G(M(x), y) with y = C(x), scores, verdict."""
-    detector, classes, chosen = load(args)
+    """Figure 2, a row an image: x, M(x), x' = G(M(x), y), y = C(x), C_b's score, the verdict."""
+    detector, classes, images = load(args)
     fig = Figure(figsize=(10, 5))
     axes = fig.subplots(2, 4, gridspec_kw=dict(wspace=0.45))
-    for row, (kind, (x, y)) in zip(axes, chosen.items()):
-        (_, x_m, x_fake), scores = detector.synthesise(x, y), detector.score(x, y)
-        titles = f"{kind}: x", "masked: M(x)", f"synthesis: x' = G(M(x), {classes[y]})"
-        for ax, image, title in zip(row, (x, x_m, x_fake), titles):
-            show(ax, image, title)
-        for ax, text in zip(row, ("mask", f"C(x) = {classes[y]}", "compare")):
-            ax.text(1.22, 0.57, text, fontsize=11, ha="center", transform=ax.transAxes)
+    for row, (kind, (x, y, truth)) in zip(axes, medians(detector, images).items()):
+        _, x_m, x_fake = detector.mismatch(x, y)
+        scores = detector.score(x, y)
+        predicted = classes[y]
+        show(row[0], x, f"{kind}, a {truth}: x")
+        show(row[1], x_m, "masked: M(x)")
+        show(row[2], x_fake, f"synthesis: x' = G(M(x), {predicted})")
+        for ax, text in zip(row, ("mask", f"C(x) = {predicted}", "compare")):
+            ax.text(1.22, 0.57, printable(text), fontsize=11, ha="center", transform=ax.transAxes)
             ax.annotate("", (1.42, 0.5), (1.03, 0.5), "axes fraction",
                         arrowprops=dict(arrowstyle="->"))
-        lines = [f"{'C_b' if name == 'cb' else name} {scores[name].item():.2f}"
-                 for name in (*detector.scorers, detector.rule)]
-        ood = bool(detector.rejects(scores))
-        lines.append("OOD: rejected" if ood else "accepted")
-        row[3].text(0, 0.5, "\n".join(lines), fontsize=15, va="center", linespacing=1.4,
-                    color="tab:red" if ood else "tab:green")
+        verdict = "accepted"
+        color = "tab:green"
+        if detector.rejects(scores):
+            verdict = "OOD: rejected"
+            color = "tab:red"
+        if "cb" in scores:
+            verdict = f"C_b: {scores['cb'].item():.2f}\n{verdict}"
+        row[3].text(0, 0.5, verdict, fontsize=15, va="center", linespacing=1.4, color=color)
         row[3].axis("off")
     fig.subplots_adjust(0.01, 0.02, 0.99, 0.93)
     return fig
 
 @torch.no_grad()
+def draw_labels(args):
+    """x' = G(M(x), y) for every label y; a row a test image: of the known and of the unknown ones
+    the first two in the order of the test split, whatever their scores. C(x) is framed."""
+    detector, classes, images = load(args)
+    fig = Figure(figsize=(10, 9.2 * 4 / (len(classes) + 2)), layout="constrained")
+    axes = fig.subplots(4, 1 + len(classes))
+    for kind, rows in (("in-distribution", axes[:2]), ("OOD", axes[2:])):
+        x, y, truth = images[kind]
+        word = "known" if kind == "in-distribution" else "unknown"
+        for i, row in enumerate(rows):
+            image = x[i:i + 1]
+            show(row[0], image)
+            title = printable(f"a {truth[i]}, {word}\nC(x) = {classes[y[i]]}")
+            row[0].set_ylabel(title, rotation=0, ha="right", va="center", parse_math=False)
+            for label, ax in enumerate(row[1:]):
+                _, _, x_fake = detector.mismatch(image, torch.tensor([label], device=y.device))
+                show(ax, x_fake)
+            frame(row[1 + y[i]])
+    for ax, title in zip(axes[0], ["x", *(f"as {name}" for name in classes)]):
+        ax.set_title(printable(title), parse_math=False)
+    return fig
+
+def frame(ax):
+    """A frame around a picture."""
+    border = Rectangle((0, 0), 1, 1, transform=ax.transAxes, fill=False, edgecolor="tab:orange",
+                       linewidth=4, clip_on=False)
+    ax.add_patch(border)
+
+@torch.no_grad()
 def draw_masks(args):
     """Figure 4: both images under every mask style, each synthesised as C says of the OOD image."""
-    detector, classes, chosen = load(args)
+    detector, classes, images = load(args)
+    chosen = medians(detector, images)
+    _, label, _ = chosen["OOD"]
     fig = Figure(figsize=(10, 7.4), layout="tight")
-    axes = fig.subplots(4, 6)
-    for rows, (kind, (x, _)) in zip((axes[:2], axes[2:]), chosen.items()):
-        for top, below, (style, mask) in zip(*rows, STYLES.items()):
+    axes = fig.subplots(4, len(STYLES))
+    for i, (kind, (x, _, truth)) in enumerate(chosen.items()):
+        for j, (style, mask) in enumerate(STYLES.items()):
             x_m, _ = mask(x, 0)
-            show(top, x_m, style)
-            show(below, detector.generator(x_m, chosen["OOD"][1])[0],
-                 f"{kind[:3]}, as {classes[chosen['OOD'][1]]}")
+            x_fake, _, _ = detector.generator(x_m, label)
+            show(axes[2 * i, j], x_m, style.replace(" to", "\nto"))
+            show(axes[2 * i + 1, j], x_fake, f"{truth} as {classes[label]}")
     return fig
+
+def draw_panel(args):
+    """The panel of the run's known and unknown test images."""
+    detector, classes, images = load(args)
+    return panel(detector, classes, {kind: (x, y) for kind, (x, y, _) in images.items()})
+
+@torch.no_grad()
+def panel(detector, classes, sets):
+    """Figures 6 and 7: of each set {title: (float x (N, C, S, S), C(x) (N,))} ten images at even
+    distances: input, masked image, synthesis; below them C(x), joint score and verdict."""
+    fig = Figure(figsize=(10, 3.4 * len(sets)), layout="constrained")
+    blocks = fig.subfigures(len(sets), squeeze=False)[:, 0]
+    for block, (title, (x, y)) in zip(blocks, sets.items()):
+        some = torch.linspace(0, len(x) - 1, 10).long()
+        x = x[some].to(detector.device)
+        y = y[some].to(detector.device)
+        _, x_m, x_fake = detector.mismatch(x, y)
+        scores = detector.score(x, y)
+        rejected = detector.rejects(scores)
+        framed = [F.pad(images, (1, 1, 1, 1), value=1.0) for images in (x, x_m, x_fake)]
+        tall = torch.cat(framed, 2)                                   # (10, C, 3 (S + 2), S + 2)
+        block.suptitle(f"{printable(title)}: input, masked, synthesis", parse_math=False)
+        for i, ax in enumerate(block.subplots(1, 10)):
+            show(ax, tall[i:i + 1])
+            label = printable(classes[y[i]])[:12]
+            joint = scores[detector.rule][i]
+            verdict = "OOD" if rejected[i] else "accepted"
+            color = "tab:red" if rejected[i] else "black"
+            text = f"{label}\n{joint:.2f}\n{verdict}"
+            ax.set_xlabel(text, color=color, parse_math=False)
+    return fig
+
+def predicted_scores(run):
+    """RUN/scores.csv under y = C(x), without the held-out images: {set: Scored}."""
+    return {name: s for (name, labels), s in read_scores(run).items()
+            if labels == "C(x)" and name != "held-out"}
 
 def draw_histograms(args):
     """Each method's scores by set, clipped to the middle 98%."""
-    scored = read_scores(args.run)
-    methods, _ = methods_of(scored), scored.pop("held-out")
+    sets = predicted_scores(args.run)
+    methods = list(sets["in-distribution"].scores)
     height = -(-len(methods) // 3)
     fig = Figure(figsize=(10, 2.8 * height), layout="tight")
-    for ax, method in zip(fig.subplots(height, 3).flat, methods):
-        low, high = np.percentile(torch.cat([s[method] for s in scored.values()]), [1, 99])
-        for name, s in scored.items():
-            ax.hist(s[method].clip(low, high).numpy(), 30, density=True, alpha=0.5, label=name)
+    for ax, method in zip(fig.subplots(height, 3, squeeze=False).flat, methods):
+        everything = torch.cat([s.scores[method] for s in sets.values()])
+        low, high = np.percentile(everything, [1, 99])
+        for name, s in sets.items():
+            values = s.scores[method].clip(low, high).numpy()
+            ax.hist(values, 30, density=True, alpha=0.5, label=printable(name))
         ax.set(title=method, yticks=[])
     fig.axes[0].legend()
     return fig
@@ -98,13 +196,12 @@ def draw_histograms(args):
 def draw_roc(args):
     """Each method's ROC curve, all OOD sets together."""
     from sklearn.metrics import RocCurveDisplay
-    scored = read_scores(args.run)
-    methods, _ = methods_of(scored), scored.pop("held-out")
+    sets = predicted_scores(args.run)
     fig = Figure(figsize=(10, 10), layout="tight")
     ax = fig.subplots()
-    is_id = torch.cat([s["label"] for s in scored.values()]) >= 0
-    for method in methods:
-        score = torch.cat([s[method] for s in scored.values()])
+    is_id = torch.cat([s.truth for s in sets.values()]) >= 0
+    for method in sets["in-distribution"].scores:
+        score = torch.cat([s.scores[method] for s in sets.values()])
         RocCurveDisplay.from_predictions(is_id, score, name=method, ax=ax)
     ax.set(xlabel="OOD images accepted", ylabel="in-distribution images accepted")
     return fig
@@ -117,25 +214,29 @@ def draw_curves(args):
     fig = Figure(figsize=(10, 3.5), layout="tight")
     for ax, log in zip(fig.subplots(1, len(logs), squeeze=False)[0], logs):
         lines = [json.loads(line) for line in log.read_text().splitlines()]
-        for key in dict.fromkeys(k for line in lines for k in line if k != "step"):
-            ax.plot(*zip(*((line["step"], line[key]) for line in lines if key in line)), label=key)
+        names = dict.fromkeys(name for line in lines for name in line if name != "step")
+        for name in names:
+            steps = [line["step"] for line in lines if name in line]
+            values = [line[name] for line in lines if name in line]
+            ax.plot(steps, values, label=name)
         ax.set(title=log.stem, xlabel="step")
         ax.legend()
     return fig
 
-FIGURES = dict(method=draw_method, masks=draw_masks, histograms=draw_histograms, roc=draw_roc,
-               curves=draw_curves)
+FIGURES = dict(method=draw_method, labels=draw_labels, masks=draw_masks, panel=draw_panel,
+               histograms=draw_histograms, roc=draw_roc, curves=draw_curves)
 
 def main(argv=None):
     """Read the command line."""
-    parser = run_parser(__doc__)
+    parser = make_parser(__doc__)
     parser.add_argument("--only", nargs="+", choices=FIGURES, default=list(FIGURES), help="[all]")
     parser.add_argument("--out", metavar="FOLDER", help="[RUN]")
     args = parser.parse_args(argv)
     for name in args.only:
         path = Path(args.out or args.run, f"{name}.png")
         path.parent.mkdir(parents=True, exist_ok=True)
-        FIGURES[name](args).savefig(path, dpi=100)  # 10 inches
+        figure = FIGURES[name](args)
+        figure.savefig(path, dpi=100)  # 10 inches
         print(path)
 
 if __name__ == "__main__":

@@ -3,95 +3,114 @@
     python -m paper.limits --run RUN --steps 4000 --bf16 --ood FOLDER     # writes RUN/limits.json
     python -m paper.limits ... --verifier RUN2                            # RUN2/classifier.pt, too
 
-Each C_b trains like the run's own, for --steps, into RUN/limits/: on x' = G(x_m, y), on x' = x, on
-the mean training image of class y, and on x' = 0, which leaves it x and y alone. SSIM compares x
-with x', with that mean image, and with x itself at half its size. After an interruption add
---resume. Fisher's method joins each with the classifier's energy alone.
+Each C_b trains like the run's own, but for flags that are given, into RUN/limits/: on x' = G(x_m,
+y), on x' = x, on the mean training image of class y, and on x' = 0, which leaves it x and y alone.
+SSIM compares x with x', with that mean image, and with x itself at half its size. After an
+interruption add --resume. Fisher's method joins each with the classifier's energy alone.
 """
 
-import argparse
+from argparse import Namespace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
-from evaluate import (LABELINGS, add_joint, format_table, gather_sets, make_scorers, provenance,
-                      score_set, tabulate, write_json)
-from moodcat import SCORERS, ImageMask, MoodCat, fold, ssim
-from paper.common import Run
-from train_gen import Parser, run_script, to_float
-from train_scorer import load_classifier, train_scorer
+from evaluate import TrainedRun, format_table, gather_sets, provenance, score_set, write_json
+from moodcat import SCORERS, ImageMask, MoodCat, for_inference, joint_scores, ssim
+from paper.common import all_tables, settings_of
+from train_gen import Parser, parse, run_script, to_float
+from train_scorer import SCORER, load_classifier, train_scorer
 
-class StandIn(nn.Module):
-    """In the generator's place: x' is images[y] (K, C, S, S), or, if there are none, x_m."""
+class StandIn:
+    """In the generator's place: f(x_m, y) makes x'."""
+    def __init__(self, settings, make):
+        self.settings = settings
+        self.make = make
 
-    def __init__(self, settings, images):
-        super().__init__()
-        self.settings, self.images = settings, nn.Parameter(images, requires_grad=False)
+    def __call__(self, x_m, y):
+        return self.make(x_m, y), None, None
 
-    def forward(self, x_m, y):
-        return (self.images[y] if len(self.images) else x_m), None, None
+def class_means(data):
+    """The mean training image of each class, (K, C, S, S) in [-1, 1]."""
+    x, y = data.training_images()
+    return torch.stack([to_float(x[y == k]).mean(0) for k in range(len(data.classes))])
 
-def stand_ins(G, train, settings):
-    """{name: (what makes x', share of the area that the mask removes)}."""
-    x, y, K = train.x[~train.held], train.y[~train.held], len(settings["classes"])
-    means = torch.stack([to_float(x[y == k]).mean(0) for k in range(K)])
-    return {"synthesis": (G, settings["mask_ratio"]), "x": (StandIn(G.settings, means[:0]), 0.0),
-            "class mean": (StandIn(G.settings, means), settings["mask_ratio"]),
-            "nothing": (StandIn(G.settings, 0 * means), settings["mask_ratio"])}
+def stand_ins(G, means):
+    """{name: what makes x'}; "x" shows x only where nothing is masked."""
+    return {"synthesis": G,
+            "x": StandIn(G.settings, lambda x_m, y: x_m),
+            "class mean": StandIn(G.settings, lambda x_m, y: means[y]),
+            "nothing": StandIn(G.settings, lambda x_m, y: torch.zeros_like(x_m))}
 
-def on(made, scorer, mask):
-    """The scorer f(x, x', y), a net, on the x' that `made` makes."""
-    fold(scorer), fold(made)
-    return lambda x, x_fake, y: scorer(x, made(mask(x)[0], y)[0], y)
+def train_on(name, G, args, run):
+    """Train a C_b on what G makes, a stand-in of that name -> the scorer, its settings."""
+    generator = run.generator["settings"]
+    file = run.trained["cb"]["settings"]["generator"]
+    more = dict(mask=generator["mask"], generator=file if name == "synthesis" else name,
+                mask_ratio=0.0 if name == "x" else generator["mask_ratio"])
+    args = Namespace(**{**vars(args), **more, "run": str(Path(args.run, "limits", name))})
+    training = train_scorer(args, SCORERS["cb"], G, run.data, **more)
+    C_b = for_inference(training.parts["scorer"])
+    mask = ImageMask(args.mask_ratio, args.seed, args.mask)
 
-def main(argv=None):
-    """Train what is not trained, score the run's sets with each, print and write the tables."""
-    parser = Parser(__doc__, steps="of each C_b [as many as the run's own]")
+    def score(x, x_fake, y):
+        x_m, _ = mask(x)
+        x_made, _, _ = G(x_m, y)
+        return C_b(x, x_made, y)
+    return score, training.state["settings"]
+
+def half_size(x):
+    """x (B, C, S, S) as it looks at half its size."""
+    return F.interpolate(F.avg_pool2d(x, 2), x.shape[2:], mode="bilinear")
+
+def read_flags(argv):
+    """The command line; a setting that is not given is that of the run's C_b."""
+    parser = Parser(__doc__, SCORER)
     add = parser.add_argument
     add("--ood", nargs="+", default=[], metavar="SET", help="as evaluate.py's")
     add("--verifier", metavar="RUN", help="the run of a second classifier of the same classes")
-    parser.set_defaults(scorers=["cb"], classifier=None)  # for Run
-    args = parser.parse_args(argv)
-    run = Run(args)
-    G, about, train, classifier = run.G, run.about, run.train, run.classifier
-    own, sets = run.trained["cb"]["settings"], gather_sets(args, about, {})
+    parser.set_defaults(scorers=["cb"], classifier=None)  # for TrainedRun
+    return parse(parser, argv, SCORER, "scorer")
+
+def main(argv=None):
+    """Train what is not trained, score the run's sets with each, print and write the tables."""
+    args = read_flags(argv)
+    run = TrainedRun(args)
+    settings = settings_of(run)
+    sets = gather_sets(args, run)
     if len(sets) == 1:
-        parser.error("no image is OOD: name OOD sets after --ood")
-    scorers, content = {}, {name: {} for name in LABELINGS}
+        raise ValueError("no image is OOD: name OOD sets after --ood")
+
+    # the scorers f(x, x', y)
+    means = class_means(run.data)
+    scorers = {
+        "SSIM to synthesis": lambda x, x_fake, y: ssim(x, x_fake),
+        "SSIM to class mean": lambda x, x_fake, y: ssim(x, means[y]),
+        "SSIM to x at half its size": lambda x, x_fake, y: ssim(x, half_size(x))}
     if args.verifier:
         second, _, _ = load_classifier(args.verifier, None, args.device, run.classes)
         scorers["second classifier"] = lambda x, x_fake, y: second(x).gather(1, y[:, None])[:, 0]
-    made_by = stand_ins(G, train, about["settings"])
-    mean = lambda x, y: made_by["class mean"][0](x, y)[0]
-    half = lambda x: F.interpolate(F.avg_pool2d(x, 2), x.shape[2:], mode="bilinear")
-    scorers.update({"SSIM to synthesis": SCORERS["ssim"](None, classifier),
-                    "SSIM to class mean": lambda x, x_fake, y: ssim(x, mean(x, y)),
-                    "SSIM to x at half its size": lambda x, x_fake, y: ssim(x, half(x))})
-    for name, (made, ratio) in made_by.items():
-        at = argparse.Namespace(**{**vars(args), "run": str(Path(args.run, "limits", name))})
-        settings = dict(own, seed=args.seed, bf16=args.bf16, mask_ratio=ratio,
-                        steps=args.steps or own["steps"], mirror=own.get("mirror", False),
-                        generator=own["generator"] if made is G else name)
-        train_scorer(at, "scorer", settings, train, made.to(args.device))
-        nets, _ = make_scorers(["cb"], at, dict(id=settings["generator"]), classifier)
-        mask = ImageMask(ratio, args.seed)
-        scorers[f"C_b on {name}"] = on(made, nets["cb"].to(args.device), mask)
-    detector = MoodCat(G, scorers)
-    held = score_set(detector, classifier, train.x[train.held], train.y[train.held], "held-out")
-    scored = {name: score_set(detector, classifier, x, y, name) for name, (x, y, _) in sets.items()}
+        settings["second classifier"] = second.settings
+    for name, G in stand_ins(run.G, means).items():
+        title = f"C_b on {name}"
+        scorers[title], settings[title] = train_on(name, G, args, run)
+
+    # all sets under each of them, alone and joined with energy
+    generator = run.generator["settings"]
+    detector = MoodCat(run.G, scorers, ImageMask(generator["mask_ratio"], style=generator["mask"]))
+    held_out = score_set(detector, run.classifier, "held-out", *run.data.held_out_images())
+    held_out = held_out["held-out", "C(x)"].scores
+    scored = {}
+    for name, (x, truth, _) in sets.items():
+        scored |= score_set(detector, run.classifier, name, x, truth)
     for name in scorers:
-        joint = {key: dict(columns) for key, columns in scored.items()}
-        add_joint(joint, held, [name])
-        for labels in LABELINGS:
-            rows = tabulate(joint, ["EBO", name, "fisher with energy"], labels)
-            content[labels].update({"EBO": rows["EBO"], name: rows[name],
-                                    f"{name}, with energy": rows["fisher with energy"]})
-    for labels, table in content.items():
-        print(f"\n{labels}\n{format_table(table)}")
-    write_json(Path(args.run, "limits.json"), dict(content, about=dict(
-        provenance(), settings=about["settings"], steps=args.steps or own["steps"])))
+        reference = {method: held_out[method][::2] for method in (name, "energy")}
+        for s in scored.values():
+            s.scores[f"{name}, with energy"] = joint_scores(s.scores, reference)["fisher"]
+    tables = all_tables(scored)
+    for protocol, table in tables.items():
+        print(f"\n{protocol}\n{format_table(table)}")
+    write_json(Path(args.run, "limits.json"), dict(provenance(), settings=settings, **tables))
 
 if __name__ == "__main__":
     run_script(main)

@@ -13,64 +13,92 @@ import numpy as np
 import torch
 from PIL import Image
 
-from evaluate import draw_panel, gather_sets, report
-from moodcat import MoodCat, load_checkpoint, save_checkpoint
-from paper.common import Run, run_parser
-from train_gen import find_images, run_script
-from train_scorer import load_classifier
+from evaluate import TrainedRun, gather_sets, make_parser, report
+from moodcat import MoodCat, for_inference, load_checkpoint, save_checkpoint
+from paper.common import all_tables, score_run
+from paper.figures import panel
+from train_gen import find_images, run_script, to_float
 
 def halved(weights):
     """A state dict with float16 for every float tensor. Raises ValueError for one too large."""
-    rounded = {k: v.half() if v.is_floating_point() else v for k, v in weights.items()}
-    if not all(bool(v.isfinite().all()) for v in rounded.values()):
-        raise ValueError("a weight is too large for half precision (65504)")
+    rounded = {}
+    for name, value in weights.items():
+        rounded[name] = value.half() if value.is_floating_point() else value
+        if not rounded[name].isfinite().all():
+            raise ValueError("a weight is too large for half precision (65504)")
     return rounded
+
+def ship_classifier(source, path):
+    """A classifier.pt with half the bytes, and without what a training would go on with."""
+    saved = load_checkpoint(source, "classifier")
+    saved["classifier"] = halved(saved["classifier"])
+    saved["lines"] = []
+    del saved["opt"]
+    save_checkpoint(path, saved)
+
+def ship_detector(detector, path):
+    """detector.pt with half the bytes. Its weights have that precision already."""
+    detector.save(path)
+    saved = load_checkpoint(path, "detector")
+    saved["weights"] = {name: halved(weights) for name, weights in saved["weights"].items()}
+    save_checkpoint(path, saved)
 
 def write_pictures(folder, images, names):
     """uint8 images (N, C, S, S) -> FOLDER/<name>.png."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     for image, name in zip(images, names):
-        Image.fromarray(image.permute(1, 2, 0).squeeze(2).cpu().numpy()).save(
-            Path(folder, f"{name}.png"))
+        pixels = image.permute(1, 2, 0).squeeze(2).cpu().numpy()
+        Image.fromarray(pixels).save(Path(folder, f"{name}.png"))
+
+def write_examples(folder, sets, classes):
+    """Eight test images and four of each OOD set, in place of another run's. Their names tell."""
+    for picture in folder.glob("*.png"):
+        picture.unlink()
+    for number, (name, (x, truth, _)) in enumerate(sets.items(), 1):
+        rows = torch.linspace(0, len(x) - 1, 10).long()  # folders come class by class
+        rows = rows[:8 if name == "in-distribution" else 4].tolist()
+        called = [*classes, "unknown"]                   # -1 is the last
+        names = [f"{called[truth[i]]}-{number}-{i}" for i in rows]
+        write_pictures(folder, x[rows], names)
 
 def ship(args):
     """Write classifier.pt, detector.pt, results.json, panel.png and examples/ into args.out. Raises
     OSError or ValueError."""
-    out, run = Path(args.out), Run(args)
-    sets = gather_sets(args, run.about, run.trained)
+    out = Path(args.out)
+    args.classifier = out / "classifier.pt"  # from here on the rounded one
+    ship_classifier(Path(args.run, "classifier.pt"), args.classifier)
+    run = TrainedRun(args)
+    sets = gather_sets(args, run)
     if len(sets) == 1:
         raise ValueError("no image is OOD: name OOD sets after --ood")
-    saved = load_checkpoint(Path(args.run, "classifier.pt"), "classifier")
-    saved.update(classifier=halved(saved["classifier"]), opt=None, lines=[])
-    save_checkpoint(out / "classifier.pt", saved)
-    # its fingerprint is that of the tensors as stored: take it from the file
-    run.classifier, run.id, _ = load_classifier(out, None, args.device)
+
+    # round the nets as they are saved, without spectral norms
     for net in (run.G, *run.scorers.values()):
         if hasattr(net, "settings"):
+            for_inference(net)
             net.load_state_dict(halved(net.state_dict()))
-    detector, held = run.detector()
-    detector.save(out / "detector.pt")
-    saved = load_checkpoint(out / "detector.pt", "detector")
-    for net in saved["nets"].values():
-        net["weights"] = halved(net["weights"])
-    save_checkpoint(out / "detector.pt", saved)
-    scored = run.score(detector, held, sets)
-    report(args, out, detector, run.about, run.trained, scored, len(held["label"]))
-    blocks, detector = [], MoodCat.load(out / "detector.pt", args.device, run.classifier)
-    for picture in out.glob("examples/*.png"):  # of another run
-        picture.unlink()
-    for name, (x, y, _) in sets.items():
-        rows = torch.linspace(0, len(x) - 1, 10).long()  # folders come class by class
-        blocks.append((name, x[rows], scored[name]["prediction"][rows]))
-        known = name == "in-distribution"
-        titles = [f"{run.classes[y[i]] if known else 'unknown'}-{len(blocks)}-{i}" for i in rows]
-        write_pictures(out / "examples", x[rows], titles[:8 if known else 4])
-    draw_panel(out / "panel.png", detector, run.classes, blocks)
-    print(f"{out}: {sum(path.stat().st_size for path in out.glob('*.pt'))} bytes of weights")
+    detector, scored, _ = score_run(run, sets, args.masks)
+    ship_detector(detector, out / "detector.pt")
+    report(out, run, detector, scored, all_tables(scored))
+
+    # pictures, by the detector as it is in the file
+    detector = MoodCat.load(out / "detector.pt", args.device, run.classifier)
+    shown = {name: (to_float(x), scored[name, "C(x)"].y) for name, (x, _, _) in sets.items()}
+    panel(detector, run.classes, shown).savefig(out / "panel.png", dpi=100)
+    write_examples(out / "examples", sets, run.classes)
+    sizes = [path.stat().st_size for path in out.glob("*.pt")]
+    print(f"{out}: {sum(sizes)} bytes of weights")
+
+def pictures_of_digits(args):
+    """--pictures: the digits of a split and of some classes as PNG files."""
+    images, labels, _ = find_images("digits", args.split)
+    rows = [i for i, label in enumerate(labels) if str(label) in args.classes]
+    x = [torch.from_numpy(np.array(images[i]))[None] for i in rows]
+    write_pictures(args.pictures, x, [f"{args.split}-{labels[i]}-{i}" for i in rows])
 
 def main(argv=None):
     """Read the command line."""
-    parser = run_parser(__doc__)
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add("--out", metavar="FOLDER", help="for the small detector")
     add("--ood", nargs="+", default=[], metavar="SET", help="as evaluate.py's")
@@ -79,12 +107,11 @@ def main(argv=None):
     add("--classes", nargs="+", default=list("0123456789"), metavar="CLASS", help="[all]")
     args = parser.parse_args(argv)
     if args.pictures:
-        images, y, _ = find_images("digits", args.split)
-        rows = [i for i, label in enumerate(y) if str(label) in args.classes]
-        x = [torch.from_numpy(np.array(images[i]))[None] for i in rows]
-        return write_pictures(args.pictures, x, [f"{args.split}-{y[i]}-{i}" for i in rows])
-    if args.classifier or not args.out or Path(args.out).resolve() == Path(args.run).resolve():
+        return pictures_of_digits(args)
+    if args.classifier or not args.out:
         parser.error("--out needs a folder of its own; the run's own classifier is shipped")
+    if Path(args.out).resolve() == Path(args.run).resolve():
+        parser.error("--out needs a folder of its own, not the run's")
     ship(args)
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
     python -m paper.tables runs/tables --out results     # writes results/tables.json and TABLES.md
 
 A cell is at [view][method][set][metric] of a JSON file in each run folder that a pattern matches;
-table, row or column says which. It shows mean ± standard deviation (ddof 1) over those runs.
+table, row or column says which; the set "mean" is the mean over all sets. It shows mean ± standard
+deviation (ddof 1) over those runs.
 """
 
 import json
@@ -13,76 +14,97 @@ from pathlib import Path
 import numpy as np
 
 from evaluate import COLUMNS
-from paper.common import PlainParser, markdown, mean_std, read_json
+from paper.common import PlainParser, markdown, mean_std, metric_of, read_json
 from train_gen import run_script
 
 SPEC = Path(__file__).parents[1] / "results" / "paper.json"
-DEFAULT = dict(file="results.json", view="predicted_labels", set="unknown", scale=100)
+DEFAULT = dict(file="results.json", view="y = C(x)", set="unknown", scale=100)
 
-def values_of(folder, at, used):
+def values_of(folder, cell, used):
     """The numbers of a cell, one a run; adds {file: provenance} to `used`. Raises ValueError."""
     values = []
-    for path in sorted(Path(folder).glob(f"{at['runs']}/{at['file']}")):
+    for path in sorted(Path(folder).glob(f"{cell['runs']}/{cell['file']}")):
         results = read_json(path)
         try:
-            row = results[at["view"]][at["method"]][at["set"]]
-            values.append(at["scale"] * row[at["metric"]])
+            rows = results[cell["view"]][cell["method"]]
+            value = metric_of(rows, cell["set"], cell["metric"])
         except KeyError as error:
             raise ValueError(f"{path} has no {error}: evaluate that run again") from error
-        about, keep = results.get("about", results), ("command", "revision", "versions")
-        used[str(path.relative_to(folder))] = {k: about[k] for k in keep}
+        values.append(cell["scale"] * value)
+        provenance = {name: results[name] for name in ("command", "revision", "versions")}
+        used[str(path.relative_to(folder))] = provenance
     return np.array(values)
 
 def gather(table, folder, used):
     """A table of the list -> dict of title, note, command, head, rows (text) and `open`, the rows
     that no run fills. Raises ValueError."""
-    columns = [c if isinstance(c, dict) else dict(metric=c) for c in table["columns"]]
-    heads = [c.get("head") or COLUMNS[c["metric"]] for c in columns]
-    papers = [row["paper"] for row in table["rows"] if "paper" in row]
-    theirs = [i for i in range(len(columns)) if any(paper[i] for paper in papers)]
-    rows, first = {}, None
-    for row in table["rows"]:
-        ours = [values_of(folder, {**DEFAULT, **table, **row, **c}, used) for c in columns]
-        if all(map(len, ours)):  # the runs are there
-            first = first or ours
-            cells = [mean_std(v, c.get("digits", 2)) for v, c in zip(ours, columns)]
-            if table.get("gain") and ours is not first:
-                gains = [mean_std(v - v0, sign="+") for v, v0 in zip(ours, first)]
-                cells = [f"{cell} ({gain})" for cell, gain in zip(cells, gains)]
-            paper = [row["paper"][i] if "paper" in row else None for i in theirs]
-            paper = [f"{v:.{columns[i].get('digits', 2)}f}" if isinstance(v, float) else v or "–"
-                     for i, v in zip(theirs, paper)]
-            rows[row["label"]] = [row["label"], str(len(ours[0])), *cells, *paper]
-    return dict({k: table[k] for k in ("title", "note", "command")}, rows=list(rows.values()),
-                head=[table["of"], "runs", *heads, *(f"paper's {heads[i]}" for i in theirs)],
-                open=[r["label"] for r in table["rows"] if r["label"] not in rows])
+    columns = [dict(metric=c) if isinstance(c, str) else c for c in table["columns"]]
+    heads = [column.get("head") or COLUMNS[column["metric"]] for column in columns]
+    digits = [column.get("digits", 2) for column in columns]
+    nothing = [None] * len(columns)
+    papers = [row.get("paper", nothing) for row in table["rows"]]
+    given = [i for i in range(len(columns)) if any(paper[i] for paper in papers)]
+
+    # a line of text for each row whose runs are there
+    lines = []
+    missing = []
+    first = None
+    for row, paper in zip(table["rows"], papers):
+        cells = [{**DEFAULT, **table, **row, **column} for column in columns]
+        ours = [values_of(folder, cell, used) for cell in cells]
+        if not all(map(len, ours)):
+            missing.append(row["label"])
+            continue
+        texts = [mean_std(values, d) for values, d in zip(ours, digits)]
+        if table.get("gain") and first:
+            gains = [mean_std(values - base, sign="+") for values, base in zip(ours, first)]
+            texts = [f"{text} ({gain})" for text, gain in zip(texts, gains)]
+        first = first or ours
+        theirs = [paper_cell(paper[i], digits[i]) for i in given]
+        lines.append([row["label"], str(len(ours[0])), *texts, *theirs])
+    head = [table["of"], "runs", *heads, *(f"paper's {heads[i]}" for i in given)]
+    return dict(title=table["title"], note=table["note"], command=table["command"], rows=lines,
+                head=head, open=missing)
+
+def paper_cell(value, digits):
+    """What the paper has, a number, text or nothing -> text."""
+    if isinstance(value, float):
+        return f"{value:.{digits}f}"
+    return value or "–"
 
 def render(table):
     """A gathered table as Markdown; one that no run fills as one line."""
     if not table["rows"]:
         return f"**{table['title']}**: not filled here. `{table['command']}`\n"
-    waiting = f"\nNot filled here: {'; '.join(table['open'])}.\n" if table["open"] else ""
-    return (f"## {table['title']}\n\n{table['note']} `{table['command']}`\n\n"
-            f"{markdown(table['head'], table['rows'])}{waiting}")
+    text = f"## {table['title']}\n\n{table['note']} `{table['command']}`\n\n"
+    text += markdown(table["head"], table["rows"])
+    if table["open"]:
+        text += f"\nNot filled here: {'; '.join(table['open'])}.\n"
+    return text
+
+def json_lines(items):
+    """JSON, a line an item."""
+    return ",\n".join(json.dumps(item, ensure_ascii=False) for item in items)
 
 def main(argv=None):
     """Read the command line."""
-    parser, used = PlainParser(description=__doc__.splitlines()[0]), {}
+    parser = PlainParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", help="of the runs")
     parser.add_argument("--out", help="folder for tables.json and TABLES.md [print them]")
     args = parser.parse_args(argv)
+    used = {}
     tables = [gather(table, args.folder, used) for table in read_json(SPEC)]
     if not used:
         raise OSError(f"{args.folder} holds none of the runs that {SPEC} names")
     text = "\n".join(map(render, tables))
     if not args.out:
         return print(text, end="")
-    Path(args.out).mkdir(parents=True, exist_ok=True)
-    lines = [",\n".join(json.dumps(item, ensure_ascii=False) for item in items)
-             for items in (tables, used.items())]
-    Path(args.out, "tables.json").write_text('{"tables": [\n%s],\n"runs": [\n%s]}\n' % tuple(lines))
-    Path(args.out, "TABLES.md").write_text(text)
-    print(f"{args.out}/TABLES.md, {args.out}/tables.json: {len(used)} files, {len(tables)} tables")
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    content = json_lines(tables), json_lines(used.items())
+    (out / "tables.json").write_text('{"tables": [\n%s],\n"runs": [\n%s]}\n' % content)
+    (out / "TABLES.md").write_text(text)
+    print(f"{out}/TABLES.md, {out}/tables.json: {len(used)} files, {len(tables)} tables")
 
 if __name__ == "__main__":
     run_script(main)

@@ -14,8 +14,8 @@ from PIL import Image
 import evaluate
 import train_gen
 import train_scorer
-from evaluate import add_joint, ood_metrics
-from moodcat import MoodCat, load_checkpoint
+from evaluate import ood_metrics
+from moodcat import MoodCat, joint_scores, load_checkpoint
 from paper import (ablate, bench, common, compare, develop, figures, limits, scood, ship, tables)
 from train_scorer import load_classifier, predict
 
@@ -31,7 +31,7 @@ def runs(tmp_path_factory):
         train_scorer.main([*run, "--steps", "20", "--classifier-steps", "40"])
         evaluate.main(run)
     wide = results(folder / "a-0")
-    wide["settings"]["ch"] = 8
+    wide["settings"]["generator"]["ch"] = 8
     evaluate.write_json(folder / "wide" / "results.json", wide)
     return folder
 
@@ -42,29 +42,69 @@ def results(run, file="results.json"):
 
 def test_compare_prints_mean_spread_and_gain(runs, capsys):
     a, b = results(runs / "a-0"), results(runs / "a-1")
-    own = [100 * r["predicted_labels"]["cb"]["unknown"]["auroc"] for r in (a, b)]
-    energy = [100 * r["predicted_labels"]["EBO"]["unknown"]["auroc"] for r in (a, b)]
+    cb = [100 * r["y = C(x)"]["cb"]["unknown"]["auroc"] for r in (a, b)]
+    energy = [100 * r["y = C(x)"]["energy"]["unknown"]["auroc"] for r in (a, b)]
     both = [str(runs / name) for name in ("a-0", "a-1")]
-    compare.main([*both, "--first", "EBO"])
+    compare.main([*both, "--first", "energy"])
     out = capsys.readouterr().out
-    gain = np.subtract(own, energy)
-    assert (f"| cb | {np.mean(own):.2f} ± {np.std(own, ddof=1):.2f} "
+    gain = np.subtract(cb, energy)
+    assert (f"| cb | {np.mean(cb):.2f} ± {np.std(cb, ddof=1):.2f} "
             f"({gain.mean():+.2f} ± {gain.std(ddof=1):.2f}) |") in out
     assert "2 run(s)" in out and "seed(s) 0, 1" in out
-    compare.main([*both, "--against", *both, "--labels", "oracle_labels"])
-    own = [100 * r["oracle_labels"]["cb"]["unknown"]["fpr95"] for r in (a, b)]
-    assert (f"{np.mean(own):.2f} ± {np.std(own, ddof=1):.2f} (+0.00 ± 0.00)"
-            in capsys.readouterr().out)
+    compare.main([*both, "--against", *both, "--labels", "oracle labels"])
+    cb = [100 * r["oracle labels"]["cb"]["unknown"]["fpr95"] for r in (a, b)]
+    out = capsys.readouterr().out
+    assert f"{np.mean(cb):.2f} ± {np.std(cb, ddof=1):.2f} (+0.00 ± 0.00)" in out
+    assert "Settings that differ: none" in out
 
-def test_compare_refuses_runs_that_no_mean_should_mix(runs):
+@pytest.mark.parametrize("part, name, value", [
+    ("generator", "ssim", 0.0), ("generator", "steps", 80), ("cb", "ch", 4),
+    ("classifier", "smoothing", 0.0), ("cb", "mirror", True)])
+def test_compare_refuses_one_other_setting_of_any_part_and_prints_it_across(
+        runs, tmp_path, capsys, part, name, value):
+    a, b = runs / "a-0", runs / "a-1"
+    changed = results(b)
+    was = changed["settings"][part][name]
+    changed["settings"][part][name] = value
+    evaluate.write_json(tmp_path / "results.json", changed)
+    line = f"{part} {name}: {{}} against {{}}"
+    with pytest.raises(ValueError, match=line.format(value, was)):
+        compare.main([str(a), str(tmp_path), str(b)])
+    compare.main([str(tmp_path), "--against", str(b)])
+    assert f"Settings that differ: {line.format(value, was)}\n" in capsys.readouterr().out
+
+def test_compare_takes_seeds_and_splits_of_one_side_and_no_other_images(runs, tmp_path):
+    changed = results(runs / "a-1")
+    for part in changed["settings"].values():
+        part.update(seed=7, n=1, data="elsewhere", device="cuda", processes=2)
+        part.update(classes=list("2345"), known_classes=list("2345"), fingerprint="of these")
+    evaluate.write_json(tmp_path / "results.json", changed)
+    compare.main([str(runs / "a-0"), str(tmp_path)])
+    changed["settings"]["generator"]["classes"] = list("0123")
+    evaluate.write_json(tmp_path / "results.json", changed)
+    with pytest.raises(ValueError, match="training images"):
+        compare.main([str(runs / "a-0"), str(tmp_path)])
+
+def test_compare_refuses_runs_that_no_mean_should_mix(runs, tmp_path, capsys):
     a, b, wide = (str(runs / name) for name in ("a-0", "a-1", "wide"))
-    with pytest.raises(ValueError, match="differ in ch"):
+    with pytest.raises(ValueError, match="differ in generator ch: 8 against 4"):
         compare.main([a, wide])
+    other_set = results(a)
+    for rows in other_set["y = C(x)"].values():
+        rows["svhn"] = rows["unknown"]
+    evaluate.write_json(tmp_path / "results.json", other_set)
+    with pytest.raises(ValueError, match="OOD sets"):
+        compare.main([a, str(tmp_path)])
+    other_set["settings"]["cb"]["seed"] = 5
+    evaluate.write_json(tmp_path / "results.json", other_set)
+    with pytest.raises(ValueError, match="pairs"):
+        compare.main([str(tmp_path), "--against", a])
     with pytest.raises(ValueError, match="pairs"):
         compare.main([a, b, "--against", b, a])
     with pytest.raises(ValueError, match="pairs"):
         compare.main([a, b, "--against", a])
     compare.main([a, "--against", wide])  # other settings on the other side are the point
+    assert "Settings that differ: generator ch: 4 against 8\n" in capsys.readouterr().out
     with pytest.raises(ValueError, match="no method 'x'"):
         compare.main([a, "--first", "x"])
     with pytest.raises(OSError, match="evaluate that run"):
@@ -89,23 +129,22 @@ def benchmark(tmp_path):
 def test_in_distribution_images_of_an_ood_list_join_the_test_images(runs, benchmark):
     out = benchmark / "out"
     scood.main(["--run", str(runs / "a-0"), "--root", str(benchmark), "--out", str(out)])
-    scored = {}
-    for line in (out / "scores.csv").read_text().splitlines():
-        scored.setdefault(line.split(",")[0], []).append(line.split(","))
-    head = scored["set"][0]
-    own = lambda s, column: np.array([line[head.index(column)] for line in scored[s]])
-    inside = own("mixed", "label") != "OOD"
+    lines = [line.split(",") for line in (out / "scores.csv").read_text().splitlines()]
+    column = lambda name, title: np.array([line[lines[0].index(title)] for line in lines
+                                           if line[:2] == [name, "C(x)"]])
+    inside = column("mixed", "truth") != "OOD"
     assert inside.tolist() == [False, True, False, False, True, False]
-    for column in ("cb", "min-p"):
-        mixed, test = (own(s, column).astype(float) for s in ("mixed", "in-distribution"))
+    for method in ("cb", "min-p"):
+        mixed = column("mixed", method).astype(float)
+        test = column("in-distribution", method).astype(float)
         want = ood_metrics(np.r_[test, mixed[inside]], mixed[~inside])
-        got = results(out)["predicted_labels"][column]["mixed"]
+        got = results(out)["y = C(x)"][method]["mixed"]
         assert got["auroc"] == pytest.approx(want["auroc"], abs=1e-6)
         assert got["fpr95"] == pytest.approx(want["fpr95"])
-    right = np.r_[own("in-distribution", "label") == own("in-distribution", "prediction"),
-                  (own("mixed", "label") == own("mixed", "prediction"))[inside]]
+    right = np.r_[column("in-distribution", "truth") == column("in-distribution", "y"),
+                  (column("mixed", "truth") == column("mixed", "y"))[inside]]
     assert got["accuracy"] == pytest.approx(right.mean())
-    assert list(results(out)["predicted_labels"]["cb"]) == ["mixed"]  # no "unknown"
+    assert list(results(out)["y = C(x)"]["cb"]) == ["mixed"]  # no "unknown"
 
 @pytest.mark.parametrize("line, message", [
     ("a b 0.png", "line 1"), ('a b 0.png {"label": 1}', "sc_label"),
@@ -144,24 +183,38 @@ def test_cifar_plus_is_reproducible_and_holds_animals_alone():
 
 # --- ablations -----------------------------------------------------------------------------------
 
+def test_scores_are_read_as_they_were_written(runs):
+    """The tables of results.json follow from scores.csv."""
+    scored = common.read_scores(runs / "a-0")
+    held_out = [scored.pop(("held-out", labels)) for labels in ("C(x)", "given")]
+    assert list(scored) == [(name, labels) for name in ("in-distribution", "unknown")
+                            for labels in ("C(x)", "given")]
+    for protocol, labels in evaluate.PROTOCOLS.items():
+        assert evaluate.tabulate(scored, *labels) == results(runs / "a-0")[protocol]
+    n = results(runs / "a-0")["n"]
+    assert n == {name: len(scored[name, "C(x)"].truth) for name in n}
+    assert torch.equal(held_out[1].y, held_out[1].truth)
+    assert held_out[0].truth.unique().tolist() == [0, 1, 2, 3]
+    assert (scored["unknown", "given"].truth == -1).all()
+
 def test_a_subset_scores_as_the_detector_of_that_subset(runs):
     scored = common.read_scores(runs / "a-0")
-    held = scored.pop("held-out")
-    for s in (*scored.values(), held):  # a third scorer
-        s["third"], s["oracle third"] = s["EBO"], s["EBO"]
-    before = {key: len(s) for key, s in scored.items()}
-    ablate.subsets(scored, held, ["cb", "ssim", "third"])
-    assert {key: len(s) - 2 * 2 * 4 for key, s in scored.items()} == before
-    want = {key: {c: s[c] for c in ("cb", "ssim", "EBO", "oracle cb", "oracle ssim")}
-            for key, s in scored.items()}
-    add_joint(want, held, ["cb", "ssim"])
-    for key, s in scored.items():
-        for prefix in ("", "oracle "):
-            assert torch.equal(s[f"{prefix}cb+ssim min-p"], want[key][f"{prefix}min-p"])
-            assert torch.equal(s[f"{prefix}cb+ssim fisher"], want[key][f"{prefix}fisher"])
-            assert s[f"{prefix}cb+third fisher"].isfinite().all()
-        assert torch.equal(s["cb+ssim min-p"], s["min-p"])  # as evaluate.py had it
-        assert (s["cb+ssim+third min-p"] <= s["cb+third min-p"] + 1e-6).all()
+    for s in scored.values():  # a third scorer
+        s.scores["third"] = s.scores["MSP"]
+    held_out = scored["held-out", "C(x)"].scores
+    before = {key: len(s.scores) for key, s in scored.items()}
+    ablate.add_subsets(scored, held_out, ["cb", "ssim", "third"])
+    assert {key: len(s.scores) - 2 * 4 for key, s in scored.items()} == before
+    reference = {name: held_out[name][::2] for name in ("cb", "ssim")}
+    for s in scored.values():  # under either kind of labels
+        want = joint_scores(s.scores, reference)
+        for rule in ("min-p", "fisher"):
+            assert torch.equal(s.scores[f"cb+ssim {rule}"], want[rule])
+            assert torch.equal(s.scores[f"cb+ssim {rule}"], s.scores[rule])  # as evaluate.py had it
+        assert s.scores["cb+third fisher"].isfinite().all()
+        assert (s.scores["cb+ssim+third min-p"] <= s.scores["cb+third min-p"] + 1e-6).all()
+    assert not torch.equal(scored["unknown", "C(x)"].scores["cb+third min-p"],
+                           scored["unknown", "given"].scores["cb+third min-p"])
 
 def test_ablation_agrees_with_the_evaluation_and_averages_masks(runs, monkeypatch):
     monkeypatch.setattr(ablate, "STYLES", {"random": ablate.STYLES["random"]})
@@ -169,39 +222,42 @@ def test_ablation_agrees_with_the_evaluation_and_averages_masks(runs, monkeypatc
     shutil.copytree(runs / "a-0", runs / "ablated", dirs_exist_ok=True)
     run = str(runs / "ablated")
     ablate.main(["--run", run])
-    got, want = results(run, "ablation.json"), results(run)["predicted_labels"]
+    got, want = results(run, "ablation.json"), results(run)["y = C(x)"]
     assert got["masks 1"]["cb"] == want["cb"] and got["mask random"]["min-p"] == want["min-p"]
-    assert got["subsets, predicted_labels"]["cb+ssim fisher"] == want["fisher"]
+    assert got["subsets, y = C(x)"]["cb+ssim fisher"] == want["fisher"]
     assert got["masks 2"]["cb"] != want["cb"] and got["masks 2"]["MSP"] == want["MSP"]
-    before = {k: v for k, v in got.items() if k != "about"}
+    assert got["subsets, y = C(x)"]["cb+ssim+energy fisher"] == want["fisher with energy"]
+    before = {k: v for k, v in got.items() if k != "command"}
     ablate.main(["--run", run, "--subsets"])  # no net runs; the rest is kept
-    assert {k: v for k, v in results(run, "ablation.json").items() if k != "about"} == before
+    assert {k: v for k, v in results(run, "ablation.json").items() if k != "command"} == before
 
 def test_the_other_mask_styles():
     x = torch.rand(8, 3, 32, 32) * 2 - 1
-    x_m, mask = ablate.StyledMask("none")(x)
+    x_m, mask = ablate.no_mask(x)
     assert torch.equal(x_m, x) and not mask.any()
     for ratio in (0.1, 0.25, 0.3):
-        x_m, mask = ablate.StyledMask("fixed", ratio)(x)
+        x_m, mask = ablate.fixed_square(x, ratio=ratio)
         assert torch.equal(mask, mask.flip(2, 3)) and (mask.float().mean() - ratio).abs() < 0.02
         assert (x_m[mask.expand_as(x)] == 0).all() and torch.equal(x_m[~mask.expand_as(x)],
                                                                    x[~mask.expand_as(x)])
-    squares = F.avg_pool2d(ablate.StyledMask("patch", 0.3)(x)[1].float(), 8)
+    squares = F.avg_pool2d(ablate.random_squares(x, ratio=0.3)[1].float(), 8)
     assert ((squares == 0) | (squares == 1)).all() and (squares.sum((1, 2, 3)) == 5).all()
-    x_m, mask = ablate.StyledMask("shuffle")(x)
+    x_m, mask = ablate.shuffled_squares(x)
     cut = lambda t: F.unfold(t, 8, stride=8).transpose(1, 2)
     order = torch.cdist(cut(x_m), cut(x)).argmin(2)  # which square went where
     assert not mask.any() and (order.sort(1).values == torch.arange(16)).all()
     assert (order != torch.arange(16)).any() and torch.equal(
         cut(x).gather(1, order[:, :, None].expand(-1, -1, 192)), cut(x_m))
-    for style in ("patch", "shuffle"):
-        f = ablate.StyledMask(style)
+    for f in (ablate.random_squares, ablate.shuffled_squares):
         assert torch.equal(f(x, 1)[0], f(x, 1)[0]) and not torch.equal(f(x, 0)[0], f(x, 1)[0])
         with pytest.raises(ValueError, match="multiples of 4"):
             f(x[:, :, :30])
-    for bad in (("blob",), ("fixed", 1.5)):
-        with pytest.raises(ValueError, match="no mask"):
-            ablate.StyledMask(*bad)
+    for f in ablate.STYLES.values():  # the detector's masks take an image and a number
+        x_m, mask = f(x, 0)
+        assert x_m.shape == x.shape and mask.shape == (8, 1, 32, 32) and mask.dtype == torch.bool
+    shares = {name: f(x, 0)[1].float().mean().item() for name, f in ablate.STYLES.items()}
+    assert shares["fixed 0.1"] == pytest.approx(0.1, abs=0.02)
+    assert shares["patch 0.3"] == 5 / 16 and 0.25 < shares["random 0.3 to 0.5"] < 0.55
 
 # --- development ---------------------------------------------------------------------------------
 
@@ -214,22 +270,29 @@ def test_development_reads_no_test_image_and_reports_on_the_odd_half(runs, monke
     develop.main([run, "--unknown-classes", "4", "5"])
     assert set(asked) == {"train"}
     got = results(run, "develop.json")
-    held = common.read_scores(run)["held-out"]
-    assert got["n"]["in-distribution"] == len(held["cb"]) // 2
+    held_out = common.read_scores(run)["held-out", "C(x)"]
+    assert got["n"]["in-distribution"] == len(held_out.truth) // 2
+    assert got["settings"] == results(run)["settings"]
     y = find("digits", "train")[1]
     assert got["n"]["unknown"] == np.isin(y, [4, 5]).sum()
     split = train_gen.Split("digits", "train", list("0123"), 16)
-    x = split.unknown[develop.unknown_rows(results(run)["settings"], ["4", "5"])]
+    x = split.unknown[develop.unknown_rows("digits", list("0123"), ["4", "5"])]
     classifier, _, _ = load_classifier(run, None, "cpu")
     unknown = predict(classifier, x, 4).logsumexp(1)
-    want = ood_metrics(held["EBO"][1::2], unknown)["auroc"]
-    assert got["predicted_labels"]["EBO"]["unknown"]["auroc"] == pytest.approx(want, abs=1e-6)
+    want = ood_metrics(held_out.scores["energy"][1::2], unknown)["auroc"]
+    assert got["y = C(x)"]["energy"]["unknown"]["auroc"] == pytest.approx(want, abs=1e-6)
+    reference = {name: held_out.scores[name][::2] for name in ("cb", "ssim")}
+    fisher = joint_scores(held_out.scores, reference)["fisher"][1::2]
     assert "| fisher with energy |" in capsys.readouterr().out
+    trained = evaluate.TrainedRun(evaluate.make_parser("").parse_args(["--run", run]))
+    _, scored, _ = common.score_run(trained, {"unknown": (x, torch.full((len(x),), -1), None)})
+    want = ood_metrics(fisher, scored["unknown", "C(x)"].scores["fisher"])["auroc"]
+    assert got["y = C(x)"]["fisher"]["unknown"]["auroc"] == pytest.approx(want, abs=1e-6)
     monkeypatch.setattr(develop, "MOST", 50)
-    rows = develop.unknown_rows(results(run)["settings"], None)
+    rows = develop.unknown_rows("digits", list("0123"), None)
     assert 25 < len(rows) <= 50
     with pytest.raises(ValueError, match="fewer --known-classes"):
-        develop.unknown_rows(results(run)["settings"], ["0"])
+        develop.unknown_rows("digits", list("0123"), ["0"])
 
 def test_development_splits_leave_the_reported_digits_alone():
     for known, unknown in develop.SPLITS.values():
@@ -239,16 +302,16 @@ def test_development_splits_leave_the_reported_digits_alone():
 
 def test_tables_are_means_over_the_runs_and_go_only_where_told(runs, tmp_path, monkeypatch, capsys):
     later = dict(label="later", runs="none", method="cb")
-    own = dict(note="N.", command="train it", of="method", columns=["auroc"])
-    spec = [dict(own, title="T", gain=True, rows=[
+    common_part = dict(note="N.", command="train it", of="method", columns=["auroc"])
+    spec = [dict(common_part, title="T", gain=True, rows=[
         dict(label="cb", runs="a-?", method="cb", paper=[90.5]),
         dict(label="ssim", runs="a-?", method="ssim"), later])]
-    spec.append(dict(own, title="Open", rows=[later]))
+    spec.append(dict(common_part, title="Open", rows=[later]))
     (tmp_path / "spec.json").write_text(json.dumps(spec))
     monkeypatch.setattr(tables, "SPEC", tmp_path / "spec.json")
     before = {p: p.read_bytes() for p in (ROOT / "results").glob("*.*")}
     tables.main([str(runs)])
-    values = {m: [100 * results(runs / f"a-{i}")["predicted_labels"][m]["unknown"]["auroc"]
+    values = {m: [100 * results(runs / f"a-{i}")["y = C(x)"][m]["unknown"]["auroc"]
                   for i in (0, 1)] for m in ("cb", "ssim")}
     gain = np.subtract(values["ssim"], values["cb"])
     show = lambda v: f"{np.mean(v):.2f} ± {np.std(v, ddof=1):.2f}"
@@ -266,9 +329,17 @@ def test_tables_are_means_over_the_runs_and_go_only_where_told(runs, tmp_path, m
     with pytest.raises(OSError, match="none of the runs"):
         tables.main([str(tmp_path)])
 
+def test_a_mean_over_sets_is_that_of_the_sets():
+    rows = dict(a=dict(auroc=0.5), b=dict(auroc=0.7), c=dict(auroc=0.9))
+    assert common.metric_of(rows, "mean", "auroc") == pytest.approx(0.7)
+    assert common.metric_of(rows, "c", "auroc") == 0.9
+
 def test_the_list_of_tables_is_well_formed():
-    for table in json.loads((ROOT / "results" / "paper.json").read_text()):
+    spec = json.loads((ROOT / "results" / "paper.json").read_text())
+    for table in spec:
         assert tables.gather(table, "/nowhere", {})["rows"] == []
+    text = json.dumps(spec)
+    assert "EBO" not in text and "_labels" not in text
 
 def test_committed_tables_and_readme_agree():
     written = json.loads((ROOT / "results" / "tables.json").read_text())["tables"]
@@ -303,7 +374,7 @@ def test_bench_counts_what_the_paper_counts(monkeypatch):
 def test_pictures_are_written_and_not_too_wide(runs, tmp_path):
     figures.main(["--run", str(runs / "a-0"), "--out", str(tmp_path)])
     assert {p.stem for p in tmp_path.glob("*.png")} == {
-        "method", "masks", "histograms", "roc", "curves"}
+        "method", "labels", "masks", "panel", "histograms", "roc", "curves"}
     for path in tmp_path.glob("*.png"):
         with Image.open(path) as image:
             assert 600 <= image.width <= 1000 and np.asarray(image.convert("L")).std() > 10
@@ -314,7 +385,7 @@ def test_the_shipped_detector_judges_as_measured(runs, tmp_path, capsys):
     for name, kind in (("detector.pt", "detector"), ("classifier.pt", "classifier")):
         saved = load_checkpoint(out / name, kind)
         weights = [saved["classifier"]] if kind == "classifier" else [
-            net["weights"] for net in saved["nets"].values()]
+            *saved["weights"].values()]
         assert all(v.dtype == torch.float16 for w in weights for v in w.values()
                    if v.is_floating_point())
     assert sum((out / name).stat().st_size for name in ("detector.pt", "classifier.pt")) < 1_000_000
@@ -322,6 +393,8 @@ def test_the_shipped_detector_judges_as_measured(runs, tmp_path, capsys):
     test = train_gen.Split("digits", "test", classes, 16)
     y = predict(classifier, test.x, 4).argmax(1)
     detector = MoodCat.load(out / "detector.pt", classifier=classifier)
+    energy = detector.scorers["energy"](train_gen.to_float(test.x[:9]), None, None)
+    assert torch.allclose(energy, predict(classifier, test.x, 4)[:9].logsumexp(1), atol=1e-5)
     rejected = detector.is_ood(train_gen.to_float(test.x), y)
     assert rejected.double().mean().item() == results(out)["flagged"]["in-distribution"]
     pictures = sorted((out / "examples").iterdir())
@@ -341,24 +414,30 @@ def test_the_shipped_detector_judges_as_measured(runs, tmp_path, capsys):
 
 def test_stand_ins_show_what_they_say_and_a_verifier_scores_labels(runs, tmp_path):
     run = shutil.copytree(runs / "a-0", tmp_path / "run")
-    G, about, train = train_scorer.load_run(common.run_parser("").parse_args(["--run", str(run)]))
-    made = limits.stand_ins(G, train, about["settings"])
-    x, y = train_gen.to_float(train.x[:8]), train.y[:8]
-    zeros = made["class mean"][0](x, y)[0][y == 0]
-    own = train_gen.to_float(train.x[~train.held & (train.y == 0)]).mean(0)
-    assert torch.allclose(zeros, own.expand_as(zeros), atol=1e-5)
-    assert torch.equal(made["x"][0](x, y)[0], x) and made["x"][1] == 0
-    assert not made["nothing"][0](x, y)[0].any() and made["synthesis"][0] is G
+    G, _, data = train_scorer.load_generator(
+        evaluate.make_parser("").parse_args(["--run", str(run)]))
+    made = limits.stand_ins(G, limits.class_means(data))
+    x, y = train_gen.to_float(data.x[:8]), data.y[:8]
+    zeros = made["class mean"](x, y)[0][y == 0]
+    mean = train_gen.to_float(data.x[~data.held_out & (data.y == 0)]).mean(0)
+    assert len(zeros) and torch.allclose(zeros, mean.expand_as(zeros), atol=1e-5)
+    assert torch.equal(made["x"](x, y)[0], x)
+    assert not made["nothing"](x, y)[0].any() and made["synthesis"] is G
     limits.main(["--run", str(run), "--steps", "2", "--verifier", str(run)])
     rows = results(run, "limits.json")
-    assert set(rows["predicted_labels"]) == {"EBO", *(n + e for n in (
+    assert set(rows["y = C(x)"]) - {"MSP", "ODIN"} == {"energy", *(n + e for n in (
         *(f"C_b on {name}" for name in made), "second classifier", "SSIM to synthesis",
         "SSIM to class mean", "SSIM to x at half its size") for e in ("", ", with energy"))}
-    assert rows["predicted_labels"]["SSIM to synthesis"] == results(run)["predicted_labels"]["ssim"]
+    assert rows["y = C(x)"]["SSIM to synthesis"] == results(run)["y = C(x)"]["ssim"]
     # the classifier's own logit is its largest one, which orders much as its energy does
-    assert rows["predicted_labels"]["second classifier"]["unknown"]["auroc"] == pytest.approx(
-        rows["predicted_labels"]["EBO"]["unknown"]["auroc"], abs=0.05)
-    assert load_checkpoint(run / "limits/x/scorer.pt", "scorer")["settings"]["mask_ratio"] == 0
+    assert rows["y = C(x)"]["second classifier"]["unknown"]["auroc"] == pytest.approx(
+        rows["y = C(x)"]["energy"]["unknown"]["auroc"], abs=0.05)
+    of_run, on_x = (load_checkpoint(run / file, "scorer")["settings"]
+                 for file in ("scorer.pt", "limits/x/scorer.pt"))
+    assert on_x["mask_ratio"] == 0 and on_x["steps"] == 2
+    free = "steps", "mask_ratio", "generator"  # the rest as the run's own C_b
+    assert all(on_x[name] == value for name, value in of_run.items() if name not in free)
+    assert rows["settings"]["C_b on x"] == on_x and rows["settings"]["cb"] == of_run
 
 def test_pictures_of_digits_are_those_of_the_split(tmp_path):
     ship.main(["--pictures", str(tmp_path), "--split", "train", "--classes", "6", "7"])

@@ -4,7 +4,6 @@ are."""
 import json
 import math
 import random
-import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,13 +23,35 @@ from related import mood, shift
 from train_gen import run_script, to_float
 
 # --- MOOD ----------------------------------------------------------------------------------------
-SETTINGS = dict(width=16, depth=2, heads=2, codes=8, steps=4, finetune_steps=2, classes=["a", "b"],
-                image_size=16, channels=1, seed=0)
-DATA = torch.randint(256, (40, 1, 16, 16), dtype=torch.uint8), torch.arange(40) % 2
+X = torch.randint(256, (40, 1, 16, 16), dtype=torch.uint8)
+Y = torch.arange(40) % 2
+VIEW = "y = C(x)"
 
-def mood_arguments(run, resume=False):
-    return SimpleNamespace(run=str(run), device="cpu", seed=0, resume=resume, bf16=False,
-                           mirror=False, backbone="vit")
+def split_of(x, y, classes):
+    """A training split without held-out images."""
+    return SimpleNamespace(x=x, y=y, classes=classes, channels=1, n=len(x), fingerprint="none",
+                           training_images=lambda: (x, y))
+
+DATA = split_of(X, Y, ["a", "b"])
+
+def defaults(run, tables, resume=False, **changed):
+    """The command line of a script with these tables of settings, for the digits."""
+    args = {name: row[0] for table in tables for name, row in table.items()}
+    args.update(changed, run=str(run), resume=resume, preset="digits", data="none", device="cpu")
+    return SimpleNamespace(**args)
+
+def mood_arguments(run, resume=False, **changed):
+    small = dict(width=16, depth=2, heads=2, codes=8, steps=4, finetune_steps=2)
+    return defaults(run, [mood.MOOD, mood.FINETUNING], resume, backbone="vit", **small | changed)
+
+def interrupted_after(calls, function):
+    """The function, which at the call after so many is interrupted."""
+    left = iter(range(calls))
+    def wrapped(*inputs):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return function(*inputs)
+    return wrapped
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
@@ -104,7 +125,7 @@ def test_a_masked_patch_is_not_seen():
 def test_tokens_are_the_nearest_centroids():
     grey = torch.tensor([0, 80, 160, 240])[torch.randperm(48) % 4].view(3, 1, 4, 4).byte()
     x = grey.repeat_interleave(4, 2).repeat_interleave(4, 3)  # patches of one grey each
-    tokens, grey = mood.Tokenizer(x, 4)(mood.to_float(x)).flatten(), grey.flatten()
+    tokens, grey = mood.Tokenizer(x, 4)(to_float(x)).flatten(), grey.flatten()
     assert len(tokens.unique()) == len(set(zip(tokens.tolist(), grey.tolist()))) == 4
 
 def test_rates_of_the_layers():
@@ -127,101 +148,146 @@ def test_logit_scores_against_autograd():
             {k: v.item() for k, v in right.items()}, rel=1e-5)
 
 def test_mood_stages_are_trained_as_table_4_says(tmp_path, monkeypatch):
-    train, loss, forward, calls, seen, judged = (
-        mood.train, mood.mim_loss, mood.ViT.forward, {}, [], [])
-    def watched(args, name, net, rate, decay, settings, steps, *more, **parts):
-        calls[name] = rate, decay, steps, {k: v.clone() for k, v in net.state_dict().items()}
-        return train(args, name, net, rate, decay, settings, steps, *more, **parts)
-    monkeypatch.setattr(mood, "train", watched)
+    loss, forward, tune = mood.mim_loss, mood.ViT.forward, mood.smoothed_loss
+    calls, seen, judged, smoothed = {}, [], [], []
+    class Watched(train_gen.Run):
+        def __init__(self, name, args, table, data, steps, more, net, opt, **parts):
+            rates = {id(p): group["peak"] for group in opt.param_groups for p in group["params"]}
+            rates = {k: rates[id(p)] for k, p in net.named_parameters()}
+            calls[name] = steps, rates, {k: v.clone() for k, v in net.state_dict().items()}
+            super().__init__(name, args, table, data, steps, more, net=net, opt=opt, **parts)
+    monkeypatch.setattr(mood, "Run", Watched)
     monkeypatch.setattr(mood, "mim_loss", lambda *a: judged.append(a[2]) or loss(*a))
+    monkeypatch.setattr(mood, "smoothed_loss", lambda *a: smoothed.append(a[2]) or tune(*a))
     monkeypatch.setattr(mood.ViT, "forward", lambda net, x, mask=None: (
         seen.append(mask) or forward(net, x, mask)))
-    stages = mood.stages(mood_arguments(tmp_path), SETTINGS, *DATA)
-    assert {k: v[:3] for k, v in calls.items()} == {
-        "mood_pt": (mood.RATE, 1, 4), "mood_ft": (mood.TUNE_RATE, 1, 2),
-        "mood_ft_long": (mood.TUNE_RATE, 1, 6),
-        "mood_pt_ft": (mood.TUNE_RATE, pytest.approx(mood.DECAY**0.5), 2)}  # of two blocks
-    start, pt = calls["mood_pt_ft"][3], stages["pt"].state_dict()
+    args = mood_arguments(tmp_path, smoothing=0.2)
+    stages = mood.train_stages(args, DATA)
+    assert {k: v[0] for k, v in calls.items()} == dict(
+        mood_pt=4, mood_ft=2, mood_ft_long=6, mood_pt_ft=2)
+    lr = args.finetune_lr
+    for name, low, high in (("mood_pt", args.lr, args.lr), ("mood_ft", lr, lr),
+                            ("mood_ft_long", lr, lr)):
+        assert {*calls[name][1].values()} == {high} == {low}, name
+    rates = calls["mood_pt_ft"][1]
+    assert rates["head.weight"] == lr  # the decay is over all of two blocks
+    assert rates["blocks.1.norm1.weight"] == pytest.approx(lr * args.finetune_decay**0.5)
+    assert rates["positions"] == pytest.approx(lr * args.finetune_decay**1.5)
+    start, pt = calls["mood_pt_ft"][2], stages["pt"].state_dict()
     neither = stages["neither"].state_dict()
     for k, v in start.items():  # the pretrained body, a fresh head; ft begins at random weights
         assert torch.equal(v, neither[k] if k.startswith("head") else pt[k]), k
-        assert torch.equal(calls["mood_ft"][3][k], neither[k]), k
+        assert torch.equal(calls["mood_ft"][2][k], neither[k]), k
     assert not torch.equal(pt["embed.weight"], neither["embed.weight"])
     seen = [mask for mask in seen if mask is not None]  # hidden from the net: what the loss asks
     assert len(judged) == 4 and all(map(torch.equal, seen, judged)) and all(map(torch.any, seen))
-    with pytest.raises(ValueError, match="mood_ft.pt has another finetune_steps"):  # not mood_pt
-        mood.stages(mood_arguments(tmp_path), dict(SETTINGS, finetune_steps=3), *DATA)
+    assert smoothed == [0.2] * 10  # of 2, 6 and 2 steps
+    with pytest.raises(ValueError, match="mood_ft.pt has finetune_steps 2, not 1"):  # not mood_pt
+        mood.train_stages(mood_arguments(tmp_path, finetune_steps=1, smoothing=0.2), DATA)
+    with pytest.raises(ValueError, match="mood_pt.pt has masked"):
+        mood.train_stages(mood_arguments(tmp_path, masked=0.5, smoothing=0.2), DATA)
+    longer = mood_arguments(tmp_path, resume=True, steps=5, smoothing=0.2)
+    with pytest.raises(ValueError, match="mood_pt_ft.pt has pretrained"):  # by fewer steps
+        mood.train_stages(longer, DATA)
+
+def test_every_setting_of_mood_and_shift_is_a_flag_and_recorded(tmp_path, monkeypatch):
+    tables = [mood.MOOD, mood.FINETUNING]
+    args = mood_arguments(tmp_path)
+    mood.train_stages(args, DATA)
+    for name, table in (("mood_pt", mood.MOOD), ("mood_pt_ft", {**tables[0], **tables[1]})):
+        settings = train_gen.load_checkpoint(tmp_path / f"{name}.pt", name)["settings"]
+        assert {k: getattr(args, k) for k in table} == {k: settings[k] for k in table}
+    it = job(tmp_path, steps=1, rectangle=[0.2, 0.3], cam_threshold=0.4)
+    shift.train_psi(it, "random", "zero", shift.make_fakes(it, "random", "zero", 0), 1)
+    for name, table in (("fakes_random_zero_0", shift.FAKES),
+                        ("psi_random_zero_1", {**shift.FAKES, **shift.PSI})):
+        settings = train_gen.load_checkpoint(tmp_path / f"{name}.pt", name)["settings"]
+        assert {k: getattr(it.args, k) for k in table} == {k: settings[k] for k in table}
+        assert settings["classifier"] == "c" and settings["generator"] == "g"
+    with pytest.raises(ValueError, match="fakes_random_zero_0.pt has dilation 3, not 5"):
+        shift.make_fakes(job(tmp_path, rectangle=[0.2, 0.3], cam_threshold=0.4, dilation=5),
+                         "random", "zero", 0)
 
 def test_mood_scores_are_minus_the_distances():
     torch.manual_seed(0)
-    net, (x, y) = mood.ViT(2, 16, 1, 16, 2, 2).eval(), DATA
+    net, x, y = mood.ViT(2, 16, 1, 16, 2, 2).eval(), X, Y
     with torch.no_grad():
         f = net.features(to_float(x))
-    scores = mood.score("pt+ft", net, x, y, dict(all=(x, y, None)))["all"]
+    scored = mood.score("pt+ft", net, x, y, dict(all=(x, y, None)))["all", "C(x)"]
     unit = mood.normalise(f)
     for kind, features in (("one", unit), ("cc", unit), ("shared", f)):
         want = mood.mahalanobis(features, features, y, kind)
-        assert torch.allclose(scores[f"MOOD pt+ft {kind}"], -want, rtol=1e-6), kind
-    assert torch.equal(scores["prediction"], net.head(f).argmax(1))
+        assert torch.allclose(scored.scores[f"MOOD pt+ft {kind}"], -want, rtol=1e-6), kind
+    assert torch.equal(scored.y, net.head(f).argmax(1)) and torch.equal(scored.truth, y)
     nearest = torch.stack([mood.mahalanobis(unit[y == c], unit) for c in (0, 1)]).argmin(0)
-    pt = mood.score("pt", net, x, y, dict(all=(x, y, None)))["all"]
-    assert torch.equal(pt["prediction"], nearest) and "MOOD pt softmax" not in pt
+    pt = mood.score("pt", net, x, y, dict(all=(x, y, None)))["all", "C(x)"]
+    assert torch.equal(pt.y, nearest) and "MOOD pt softmax" not in pt.scores
 
 def test_mood_resumed_is_uninterrupted_and_scores_any_batch(tmp_path, monkeypatch):
-    whole = mood.stages(mood_arguments(tmp_path / "a"), SETTINGS, *DATA)
-    steps, loss = iter(range(4)), mood.mim_loss
-    def interrupted(*inputs):
-        if next(steps, None) == 1:
-            signal.raise_signal(signal.SIGINT)
-        return loss(*inputs)
-    monkeypatch.setattr(mood, "mim_loss", interrupted)
-    with pytest.raises(SystemExit, match="stopped at step 2"):
-        mood.stages(mood_arguments(tmp_path / "b"), SETTINGS, *DATA)
-    resumed = mood.stages(mood_arguments(tmp_path / "b", resume=True), SETTINGS, *DATA)
+    whole = mood.train_stages(mood_arguments(tmp_path / "a"), DATA)
+    monkeypatch.setattr(train_gen, "SAVE_SECONDS", -1)
+    for name in ("mim_loss", "smoothed_loss"):  # one of each stage's steps is cut
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(mood, name, interrupted_after(1, getattr(mood, name)))
+            mood.train_stages(mood_arguments(tmp_path / "b", resume=name != "mim_loss"), DATA)
+    with pytest.raises(ValueError, match="mood_ft.pt holds 1 of 2 steps: add --resume"):
+        mood.train_stages(mood_arguments(tmp_path / "b"), DATA)
+    resumed = mood.train_stages(mood_arguments(tmp_path / "b", resume=True), DATA)
     for stage, net in whole.items():
         again = resumed[stage].state_dict()
         assert all(torch.equal(v, again[k]) for k, v in net.state_dict().items()), stage
-    x, y = DATA
-    sets = dict(all=(x, y, None), some=(x[7:8], y[7:8], None))
-    scores = mood.score("pt+ft", whole["pt+ft"], x, y, sets)
-    for column in scores["all"]:
-        assert torch.allclose(scores["all"][column][7:8], scores["some"][column], rtol=1e-3), column
+    sets = dict(all=(X, Y, None), some=(X[7:8], Y[7:8], None))
+    scored = mood.score("pt+ft", whole["pt+ft"], X, Y, sets)
+    some = scored["some", "C(x)"].scores
+    for method, values in scored["all", "C(x)"].scores.items():
+        assert torch.allclose(values[7:8], some[method], rtol=1e-3), method
 
 def test_mood_end_to_end_and_bad_input(run, capsys, monkeypatch):
     few = ["--run", run, "--device", "cpu", "--steps", "3", "--finetune-steps", "2"]
-    stages, split = mood.stages, train_gen.Split("digits", "train", size=16)
-    def watched(args, settings, images, y):
-        assert torch.equal(images, split.x[~split.held])  # no held-out image trains
-        return stages(args, settings, images, y)
+    split, drawn = train_gen.Split("digits", "train", size=16), []
+    draw, make = mood.random_batch, mood.Tokenizer.__init__
+    def watched(x, y, batch_size):
+        drawn.append(x)
+        return draw(x, y, batch_size)
     with monkeypatch.context() as patch:
-        patch.setattr(mood, "stages", watched)
+        patch.setattr(mood, "random_batch", watched)
+        patch.setattr(mood.Tokenizer, "__init__", lambda net, images, *more: (
+            drawn.append(images) or make(net, images, *more)))
         mood.main(few)
+    training = split.x[~split.held_out]
+    assert len(drawn) == 1 + 3 + 2 + 5 + 2  # no held-out image trains
+    assert all(torch.equal(x, training) for x in drawn)
     shown, saved = capsys.readouterr().out, json.loads(Path(run, "mood.json").read_text())
-    rows = saved["predicted_labels"]
+    rows = saved[VIEW]
+    assert saved["settings"]["mood"]["finetune_steps"] == 2
+    assert saved["settings"]["mood"].keys() >= {*mood.MOOD, *mood.FINETUNING}
     assert all(name in shown for name in ("MSP", "cb", *rows)) and saved["n"]["unknown"] == 238
     assert {"MOOD neither cc", "MOOD ft long shared", "MOOD pt one",
             "MOOD ft one", "MOOD pt+ft one", "MOOD pt+ft GradNorm"} <= set(rows)
     results = Path(run, "results.json")
     whole = json.loads(results.read_text())
-    for change in (dict(n=dict(whole["n"], unknown=237)), dict(settings=dict(fingerprint="0"))):
+    for change in (dict(n=dict(whole["n"], unknown=237)),
+                   dict(settings=dict(generator=dict(fingerprint="0"))), dict(settings={})):
         results.write_text(json.dumps(dict(whole, **change)))
         mood.main(few)
         assert f"no rows of {results}" in (shown := capsys.readouterr().out) and "MSP" not in shown
     results.write_text(json.dumps(whole))
     mood.main([*few, "--dev", "4", "5"])
     saved = json.loads(Path(run, "dev-4-5", "mood.json").read_text())
-    assert saved["settings"]["classes"] == list("0123")
+    assert saved["settings"]["mood"]["classes"] == list("0123")
+    held_out = split.y[split.held_out]
+    assert saved["n"] == {"in-distribution": (held_out < 4).sum(), "unknown": (held_out > 3).sum()}
     assert "MSP" not in capsys.readouterr().out
     for words in (["--dev", "0", "1", "2", "3", "4"], ["--dev", "4", "--ood", "svhn"]):
         with pytest.raises(ValueError, match="must leave two"):
             mood.main([*few, *words])
     def short(args):  # one training image of class 0
-        generator, about, split = load_run(args)
-        split.held |= (split.y == 0) & (torch.arange(len(split.y)) > split.y.tolist().index(0))
-        return generator, about, split
-    load_run = mood.load_run
+        G, generator, data = load_generator(args)
+        data.held_out |= (data.y == 0) & (torch.arange(len(data.y)) > data.y.tolist().index(0))
+        return G, generator, data
+    load_generator = mood.load_generator
     with monkeypatch.context() as patch, pytest.raises(ValueError, match="two training images"):
-        patch.setattr(mood, "load_run", short)
+        patch.setattr(mood, "load_generator", short)
         mood.main([*few])
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(OSError, match="pip install timm"):
@@ -241,17 +307,20 @@ def test_timm_end_to_end(run, monkeypatch):
     tokens = net.net.forward_features(x[..., 2:30, 2:30])
     assert torch.allclose(net.features(x), net.net.fc_norm(tokens[:, 1:].mean(1)), atol=1e-5)
     mood.main(["--run", run, "--device", "cpu", "--finetune-steps", "1", "--backbone", "timm:tiny"])
-    rows = json.loads(Path(run, "mood_timm.json").read_text())["predicted_labels"]
+    rows = json.loads(Path(run, "mood_timm.json").read_text())[VIEW]
     assert {"timm:tiny pt one", "timm:tiny pt+ft one", "timm:tiny pt+ft softmax"} <= set(rows)
 
 # --- SHIFT ---------------------------------------------------------------------------------------
-def job(net="conv", **more):
-    """What main() gathers, with random nets for 3 classes of 16 px."""
+def job(run="none", net="conv", resume=False, **changed):
+    """What read_flags() gathers, with random nets for 3 classes of 16 px."""
     torch.manual_seed(0)
     x, y = torch.randint(256, (40, 1, 16, 16), dtype=torch.uint8), torch.arange(40) % 3
-    net = train_scorer.make_classifier(net, (8, 16, 32, 64), 3, 1).eval().requires_grad_(False)
-    return SimpleNamespace(x=x, y=y, net=net, G=Generator(3, 2, 16, 1).eval(), device="cpu", seed=0,
-                           classes=["cat", "car", "cow"], **more)
+    net = train_scorer.make_classifier(net, [8, 16, 32, 64], 3, 1).eval().requires_grad_(False)
+    G = Generator(3, 2, 16, 1).eval().requires_grad_(False)
+    tables = [shift.FAKES, shift.PSI, *shift.OPTIONAL.values()]
+    return SimpleNamespace(args=defaults(run, tables, resume, **changed), x=x, y=y, net=net, G=G,
+                           data=split_of(x, y, ["cat", "car", "cow"]),
+                           made_by=dict(classifier="c", generator="g"))
 
 def test_shift_check_values():
     A = torch.tensor([[[[1.0, 2], [0, 3]], [[2, 0], [1, 1]]]])
@@ -264,26 +333,28 @@ def test_shift_check_values():
     with torch.device("meta"):
         psi = [shift.RejectionNetwork(features).parameters() for features in (8192, 73_728)]
     assert [sum(p.numel() for p in own) for own in psi] == [16_781_313, 150_999_041]
-    rates = [round(shift.rate(epoch / 5), 6) for epoch in range(5)]
+    rates = [round(shift.rate(0.01, epoch / 5), 6) for epoch in range(5)]
     assert rates == [0.01, 0.009045, 0.006545, 0.003455, 0.000955]
 
 def test_threshold_dilation_and_images_without_an_object():
     P = torch.tensor([[[[-1.386295, -1.386293]]]]).double().sigmoid()  # 0.2 is between them
-    assert shift.holes(P, 0.2, 1)[0].flatten().tolist() == [False, True]
+    assert shift.holes(P, 0.2, 1, 0.02)[0].flatten().tolist() == [False, True]
     P = torch.zeros(3, 1, 352, 352)
     P[0, :, 100:150, 100:160] = 1
     P.flatten(1)[1, :2478] = P.flatten(1)[2, :2479] = 1  # 2% of 352 x 352 are 2478.08
-    hole, there = shift.holes(P, 0.2, 25)
+    hole, there = shift.holes(P, 0.2, 25, 0.02)
     assert hole[0].sum() == 6216 and hole[0, 0, 88:162, 88:172].all()
-    assert there.tolist() == [True, False, True] and not shift.holes(P * 0, 0.2, 25)[1].any()
+    assert there.tolist() == [True, False, True]
+    assert not shift.holes(P * 0, 0.2, 25, 0.02)[1].any()
 
 @pytest.mark.parametrize("name", ["conv", "resnet18"])
 def test_the_cam_is_that_of_the_label_and_leaves_the_classifier_alone(name):
-    it = job(name)
+    it = job(net=name)
     before, x = {k: v.clone() for k, v in it.net.state_dict().items()}, to_float(it.x[:5])
-    erase, P = shift.cam(it), shift.cam(it)(x, it.y[:5])
-    assert P.min() >= 0 and P.max() <= 1 and (P != erase(x, it.y[1:6])).any()
-    assert torch.allclose(erase(x[2:3], it.y[2:3]), P[2:3], atol=1e-4)  # of its image alone
+    P = shift.cam(it, x, it.y[:5])
+    assert P.min() >= 0 and P.max() <= 1 and (P != shift.cam(it, x, it.y[1:6])).any()
+    alone = shift.cam(it, x[2:3], it.y[2:3])
+    assert torch.allclose(alone, P[2:3], atol=1e-4)  # of its image alone
     logits, found = shift.maps(it.net, x)
     rest = (lambda m: it.net.fc(m.mean((2, 3)))) if name == "resnet18" else it.net[16:]
     A = [m for m in found if m[0, 0].numel() > 1][-1].requires_grad_()
@@ -298,7 +369,7 @@ def test_the_cam_is_that_of_the_label_and_leaves_the_classifier_alone(name):
 def test_fakes_differ_inside_the_hole_alone():
     it = job()
     x, hole = to_float(it.x), shift.random_mask(to_float(it.x), 0.3)[1]
-    fakes = {name: shift.FILL[name](it)(x, hole, it.y) for name in ("zero", "patch", "generator")}
+    fakes = {name: shift.FILL[name](it, x, hole, it.y) for name in ("zero", "patch", "generator")}
     for fake in fakes.values():
         assert torch.equal(fake[~hole], x[~hole]) and (fake != x)[hole].float().mean() > 0.9
     assert (fakes["zero"][hole] == -1).all() and fakes["generator"].abs().max() <= 1
@@ -312,26 +383,26 @@ def test_the_generator_fills_under_a_mismatched_label():
     it.G = lambda x_m, y: given.append((x_m, y)) or (torch.zeros_like(x_m), None, None)
     x, hole = to_float(it.x), shift.random_mask(to_float(it.x), 0.3)[1]
     for _ in range(20):
-        shift.generator(it)(x, hole, it.y)
+        shift.generator(it, x, hole, it.y)
     assert all((y != it.y).all() and (x_m[hole] == 0).all() for x_m, y in given)
     assert len(torch.cat([y for _, y in given]).unique()) == 3
 
 def test_psi_learns_that_fakes_are_ood_and_images_without_an_object_make_none(
         tmp_path, monkeypatch):
-    it = job(run=str(tmp_path), resume=False, bf16=False)
+    it = job(tmp_path, steps=60)
     it.net = torch.nn.Sequential(torch.nn.Conv2d(1, 8, 3, 2), torch.nn.ReLU(), torch.nn.Flatten(),
                                  torch.nn.Linear(392, 3))
     it.x[:] = torch.randint(56, it.x.shape)  # dark
-    psi = shift.train_psi(it, "psi", dict(steps=60, seed=0), 200 + it.x)  # against bright
+    psi = shift.train_psi(it, "cam", "zero", 200 + it.x, 1)  # against bright
     dark, bright = (psi(shift.feature(it.net, to_float(x))) for x in (it.x, 200 + it.x))
     assert (dark < 0).all() and (bright > 0).all()
-    some = lambda job: lambda x, y: (y != 0).float()[:, None, None, None] * torch.ones_like(x)
+    some = lambda job, x, y: (y != 0).float()[:, None, None, None] * torch.ones_like(x)
     monkeypatch.setitem(shift.ERASE, "cam", some)
-    fakes = shift.make_fakes(it, {}, "cam", "zero", 0)
+    fakes = shift.make_fakes(it, "cam", "zero", 0)
     assert len(fakes) == (it.y != 0).sum() and (fakes == 0).all()
 
 @torch.no_grad()
-def test_tiny_random_clipseg_and_diffusion(tmp_path, monkeypatch):
+def test_tiny_random_clipseg_and_diffusion(tmp_path):
     transformers, diffusers = map(pytest.importorskip, ("transformers", "diffusers"))
     vocab = {chr(i) + end: 2 * i + bool(end) for i in range(33, 127) for end in ("", "</w>")}
     vocab.update({"<|startoftext|>": 0, "<|endoftext|>": 1})
@@ -353,17 +424,17 @@ def test_tiny_random_clipseg_and_diffusion(tmp_path, monkeypatch):
     scheduler = diffusers.PNDMScheduler(skip_prk_steps=True, steps_offset=1)
     pipe = diffusers.StableDiffusionInpaintPipeline(vae, encoder, tokenizer, unet, scheduler, None,
                                                     None, requires_safety_checker=False)
-    it = job(models=[str(tmp_path / "seg"), str(tmp_path / "sd")])
-    for part, folder in zip((net, processor, pipe), [it.models[0], *it.models]):
-        part.save_pretrained(folder)
-    monkeypatch.setattr(shift, "SIDE", 64)
-    monkeypatch.setattr(shift, "DIFFUSION_STEPS", 2)
+    it = job(clipseg_model=str(tmp_path / "seg"), diffusion_model=str(tmp_path / "sd"),
+             diffusion_side=64, denoisings=2)
+    net.save_pretrained(it.args.clipseg_model)
+    processor.save_pretrained(it.args.clipseg_model)
+    pipe.save_pretrained(it.args.diffusion_model)
     x, y = to_float(it.x[:3]), it.y[:3]
-    P = shift.clipseg(it)(x, y)
+    P = shift.clipseg(it, x, y)
     cow = dict(text=["A photo of a cow"], images=[it.x[2].expand(3, -1, -1)])
     want = net(**processor(**cow, return_tensors="pt")).logits.sigmoid().reshape(1, 1, 64, 64)
     assert P.shape == (3, 1, 16, 16) and torch.allclose(F.avg_pool2d(want, 4), P[2:], atol=1e-4)
-    fake, hole = shift.diffusion(it)(x, P >= P.median(), y), P >= P.median()
+    fake, hole = shift.diffusion(it, x, P >= P.median(), y), P >= P.median()
     assert torch.equal(fake[~hole], x[~hole]) and (fake != x)[hole].all() and fake.abs().max() <= 1
 
 def test_shift_end_to_end_and_bad_input(tmp_path, monkeypatch, capsys):
@@ -375,27 +446,31 @@ def test_shift_end_to_end_and_bad_input(tmp_path, monkeypatch, capsys):
     make_fakes, split = shift.make_fakes, train_gen.Split("digits", "train", [*"0123"], 16)
     train_psi, fakes = shift.train_psi, {}
     def watched(job, *words):
-        assert torch.equal(job.x, split.x[~split.held])  # no held-out image trains
+        assert torch.equal(job.x, split.x[~split.held_out])  # no held-out image trains
         return make_fakes(job, *words)
     monkeypatch.setattr(shift, "make_fakes", watched)
-    monkeypatch.setattr(shift, "train_psi", lambda job, name, settings, x: (
-        fakes.update({name: x}) or train_psi(job, name, settings, x)))
+    monkeypatch.setattr(shift, "train_psi", lambda job, erase, fill, x, K: (
+        fakes.update({f"psi_{erase}_{fill}_{K}": x}) or train_psi(job, erase, fill, x, K)))
     read = lambda name: json.loads((tmp_path / "run" / name).read_text())
     shift.main([*flags, "--fill", "zero", "generator"])
     assert identity() == before
-    first = read("shift.json")["predicted_labels"]
+    first = read("shift.json")[VIEW]
+    settings = read("shift.json")["settings"]["shift"]
+    assert settings.keys() >= {"erase", "fill", "fakes", *shift.FAKES, *shift.PSI}
+    assert settings["steps"] == 12
     names = [f"SHIFT {e}+{f} K=1" for e in ("cam", "random") for f in ("zero", "generator")]
-    assert list(first) == ["MSP", "ODIN", "EBO", *names] and read("shift.json")["versions"]
+    assert list(first) == ["MSP", "energy", "ODIN", *names] and read("shift.json")["versions"]
     evaluate.main(["--run", run])
-    assert read("results.json")["predicted_labels"]["MSP"] == first["MSP"]  # and its accuracy
+    assert read("results.json")[VIEW]["MSP"] == first["MSP"]  # and its accuracy
     shift.main([*flags, "--fill", "zero", "--fakes", "1", "2", "--dev", "4", "5"])
     dev = read("shift_dev.json")  # no test image
-    assert dev["n"]["unknown"] == 242 and "SHIFT random+zero K=2" in dev["predicted_labels"]
+    assert dev["n"]["unknown"] == 242 and "SHIFT random+zero K=2" in dev[VIEW]
     one, two = fakes["psi_random_zero_1"], fakes["psi_random_zero_2"]
     assert len(two) == 2 * len(one) and torch.equal(two[:len(one)], one)
     assert not torch.equal(two[len(one):], one)  # another rectangle
-    shift.main([*flags, "--fill", "zero", "--models", "no", "such"])  # play no part here
-    again = read("shift.json")["predicted_labels"]
+    shift.main([*flags, "--fill", "zero", "--clipseg-model", "no",
+                "--diffusion-model", "such"])  # play no part here
+    again = read("shift.json")[VIEW]
     assert all(again[k] == first[k] for k in again) and "\ncb " in capsys.readouterr().out
     other_classifier = dict(read("results.json"), classifier="0")
     (tmp_path / "run" / "results.json").write_text(json.dumps(other_classifier))
@@ -410,7 +485,9 @@ def test_shift_end_to_end_and_bad_input(tmp_path, monkeypatch, capsys):
                         (["--dev", "3", "4"], "two classes"), (["--dev", "4"], "two classes"),
                         (["--dev", "4", "5", "--ood", "svhn"], "no --ood"),
                         (["--fill", "diffusion"], "pip install"),
-                        (["--fakes", "0"], "--fakes"), (["--fakes", "100"], "--fakes")):
+                        (["--fakes", "0"], "--fakes"), (["--fakes", "100"], "--fakes"),
+                        (["--fill", "none"], "--fill"),
+                        (["--fill", "zero", "--dilation", "5"], "dilation 3, not 5")):
         with pytest.raises(SystemExit) as end:
             run_script(lambda: shift.main([*flags, *words]))
         assert line in end.value.code and "\n" not in end.value.code
@@ -419,29 +496,30 @@ def test_shift_scores_do_not_depend_on_the_batch():
     it, psi = job(), shift.RejectionNetwork(64)
     x, one = it.x.repeat(7, 1, 1, 1), to_float(it.x[39:])  # rows 39 and, in another batch, 279
     whole, alone = (shift.score(it.net, {"psi": psi}, t, t[:, 0, 0, 0], 3) for t in (x, it.x[39:]))
-    assert all(torch.allclose(whole[k][39::240], alone[k].expand(2), atol=1e-5) for k in whole)
-    assert torch.allclose(-psi(shift.feature(it.net, one)), alone["psi"], atol=1e-5)
+    assert list(whole.scores) == ["MSP", "energy", "ODIN", "psi"]
+    for name, values in whole.scores.items():
+        assert torch.allclose(values[39::240], alone.scores[name].expand(2), atol=1e-5), name
+    assert torch.equal(whole.y[39::240], alone.y.expand(2))
+    assert torch.allclose(-psi(shift.feature(it.net, one)), alone.scores["psi"], atol=1e-5)
 
 def test_shift_resumed_is_uninterrupted(tmp_path, monkeypatch):
-    def run(folder):
-        it = job(run=str(tmp_path / folder), resume=True, bf16=False)
-        fakes = shift.make_fakes(it, {}, "random", "patch", 0)
+    def run(folder, **changed):
+        it = job(tmp_path / folder, resume=True, batch_size=8, steps=6, **changed)
+        fakes = shift.make_fakes(it, "random", "patch", 0)
         before = {k: v.clone() for k, v in it.net.state_dict().items()}
-        psi = shift.train_psi(it, "psi", dict(steps=6, seed=0), fakes)
+        psi = shift.train_psi(it, "random", "patch", fakes, 1)
         assert all(torch.equal(v, before[k]) for k, v in it.net.state_dict().items())  # untouched
         return [fakes, *psi.parameters()]
-    def cut(*words):
-        for step, log in train_gen.training(*words):
-            yield step, log
-            signal.raise_signal(signal.SIGINT)
-    monkeypatch.setattr(shift, "BATCH", 8)
     whole = run("whole")
-    with monkeypatch.context() as patch:
-        patch.setattr(shift, "training", cut)
-        for _ in range(4 + 5):  # after each step of the fakes, then of psi
-            with pytest.raises(SystemExit, match="--resume"):
-                run("cut")
+    monkeypatch.setattr(train_gen, "SAVE_SECONDS", -1)
+    for _ in range(4):  # each step of the fakes but the last, one a call
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(shift, "holes", interrupted_after(1, shift.holes))
+            run("cut")
+    for _ in range(5):  # then of psi; the fakes' last step is the first call's
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(shift, "rejection_loss", interrupted_after(1, shift.rejection_loss))
+            run("cut")
     assert all(torch.equal(a, b) for a, b in zip(whole, run("cut"))) and len(whole[0]) == 40
-    monkeypatch.setitem(shift.LAMBDA, "random", 2.0)  # nothing is left to erase
-    with pytest.raises(ValueError, match="finds no object"):
-        run("none")
+    with pytest.raises(ValueError, match="finds no object"):  # nothing is large enough
+        run("none", least=2.0)
