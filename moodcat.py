@@ -423,17 +423,19 @@ def hinge_loss(right, wrong):
 def ssim(x, y):
     """Structural similarity of images (B, C, H, W) in [-1, 1], sides from 11 -> (B,), 1 = equal.
     11 x 11 Gaussian window, sigma 1.5, valid convolution, C1 = 0.01^2, C2 = 0.03^2 on [0, 1]."""
-    g = torch.exp(-(torch.arange(11, device=x.device, dtype=x.dtype) - 5).square() / (2 * 1.5**2))
-    g = g / g.sum()
-    # a valid convolution along one axis, as an (n - 10, n) matrix
-    band = lambda n: torch.stack([F.pad(g, (i, n - 11 - i)) for i in range(n - 10)])
-    rows = band(x.shape[2])
-    cols = band(x.shape[3]).T
+    g = torch.exp(-torch.arange(-5, 6, dtype=x.dtype, device=x.device).square() / 4.5)
+    C = x.shape[1]
+    window = (torch.outer(g, g) / g.sum()**2).expand(C, 1, 11, 11)            # (C, 1, 11, 11)
+    blur = lambda t: F.conv2d(t, window, groups=C)
     x = (x + 1) / 2
     y = (y + 1) / 2
-    mx, my, xx, yy, xy = rows @ torch.stack([x, y, x * x, y * y, x * y]) @ cols
-    value = ((2 * mx * my + 1e-4) * (2 * (xy - mx * my) + 9e-4)
-             / ((mx * mx + my * my + 1e-4) * (xx - mx * mx + yy - my * my + 9e-4)))
+    mx = blur(x)
+    my = blur(y)
+    vx = blur(x * x) - mx * mx
+    vy = blur(y * y) - my * my
+    cov = blur(x * y) - mx * my
+    value = ((2 * mx * my + 1e-4) * (2 * cov + 9e-4)
+             / ((mx * mx + my * my + 1e-4) * (vx + vy + 9e-4)))
     return value.mean((1, 2, 3))
 
 # --- Scorers (section 3.5): f(x, x', y) -> (B,), higher = in-distribution ------------------------
