@@ -273,7 +273,7 @@ class ConditionalBatchNorm(nn.Module):
     def forward(self, x, e):
         gain = 1 + self.gain(e)[..., None, None]                              # (B, C, 1, 1)
         bias = self.bias(e)[..., None, None]                                  # (B, C, 1, 1)
-        return torch.addcmul(bias, gain, self.norm(x))
+        return gain * self.norm(x) + bias
 
 class UpBlock(nn.Module):
     """Residual block that doubles the side: (B, cin, S, S) -> (B, cout, 2S, 2S). With embed_dim,
