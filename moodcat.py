@@ -502,21 +502,14 @@ SCORERS = {
 RULES = {"min-p": lambda log_p: log_p.amin(0), "fisher": lambda log_p: log_p.sum(0)}
 
 def log_p_values(scores, held_out):
-    """log p of scores (B,), conformal by held-out in-distribution scores (n,): (B,) float64 on the
-    CPU. p is how many of those are no higher, over n + 1: linear between them, above them towards
-    1, below an exponential tail, the lowest tenth's mean excess; NaN for a score not finite."""
+    """log p of scores (B,) by held-out in-distribution scores (n,): (B,) float64 on the CPU. p is
+    how many of those are no higher, over n + 1, linear between them; below the least it falls off
+    exponentially, by e for each standard deviation; NaN for a score that is not finite."""
     s = scores.cpu().double()
     h = held_out.cpu().double().sort().values
-    s = torch.where(s.isfinite(), s, torch.nan)
-    tenth = len(h) // 10 + 1
-    excess = (h[min(tenth, len(h) - 1)] - h[:tenth]).mean().clamp(min=1e-9)
-    h, counts = h.unique(return_counts=True)
-    p = counts.cumsum(0) / (counts.sum() + 1)
-    below = p[0].log() - (h[0] - s) / excess
-    above = 1 - (1 - p[-1]) / (1 + (s - h[-1]) / (h[-1] - h[0]).clamp(min=1e-9))
-    inside = torch.from_numpy(np.interp(s, h, p))
-    log_p = torch.where(s < h[0], below, torch.where(s > h[-1], above, inside).log())
-    return log_p + 0 * s  # NaN stays NaN
+    p = np.interp(s, h, np.arange(1, len(h) + 1) / (len(h) + 1))
+    below = (h[0] - s).clamp(min=0) / h.std().clamp(min=1e-9)
+    return torch.from_numpy(p).log() - below + 0 * s  # 0 * s: NaN where s is not finite
 
 def joint_scores(scores, held_out):
     """Scores {name: (B,)} of the scorers in held_out {name: (n,)} -> {rule: (B,)} of RULES, on the
