@@ -348,10 +348,11 @@ def test_committed_tables_and_readme_agree():
     found = re.findall(r"<!-- (.+?) -->\n((?:\|.*\n)+)", (ROOT / "README.md").read_text())
     if not found:
         pytest.skip("README.md marks no table")
-    for title, text in found:  # a row of README must be a row of the table, of the same columns
-        head, _, *rows = text.splitlines()
-        lines = common.markdown(by_title[title]["head"], by_title[title]["rows"]).splitlines()
-        assert head == lines[0] and set(rows) <= set(lines[2:]), title
+    for title, text in found:  # a row of README must be a row of the table, of some of its columns
+        head, _, *rows = [line.strip("| ").split(" | ") for line in text.splitlines()]
+        shown = [by_title[title]["head"].index(name) for name in head]
+        written = [[row[i] for i in shown] for row in by_title[title]["rows"]]
+        assert len(rows) > 1 and all(row in written for row in rows), title
 
 # --- cost, pictures, the shipped detector --------------------------------------------------------
 
