@@ -182,6 +182,7 @@ def random_rectangles(u, H, W, low, high):
     return in_rows[:, None, :, None] & in_cols[:, None, None, :]
 
 def within(places, start, length):
+    """places (n,), start and length (B, 1) -> (B, n): which places lie in the stretch."""
     return (places >= start) & (places < start + length)
 
 @lru_cache
@@ -260,6 +261,7 @@ def spectral(layer):
     return parametrizations.spectral_norm(layer)
 
 def spectral_conv(cin, cout, kernel):
+    """A convolution that keeps the side."""
     return spectral(nn.Conv2d(cin, cout, kernel, padding=kernel // 2))
 
 class ConditionalBatchNorm(nn.Module):
@@ -294,6 +296,7 @@ class UpBlock(nn.Module):
         return h + F.interpolate(self.skip(x), scale_factor=2)
 
 def no_norm(x, e):
+    """In place of a batch norm: x as it is."""
     return x
 
 class Decoder(nn.Module):

@@ -216,6 +216,7 @@ def train_timm(args, data):
     return {"pt": pt.eval(), "pt+ft": pt_ft}
 
 def adamw(net, lr, decay, weight_decay):
+    """AdamW with the rates of layer_groups(), averaged over torchrun's processes."""
     groups = layer_groups(net, lr, decay)
     return averaged(torch.optim.AdamW(groups, weight_decay=weight_decay))
 
