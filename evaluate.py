@@ -65,7 +65,6 @@ def evaluate(args, out):
     tables = {protocol: tabulate(scored, *labels) for protocol, labels in PROTOCOLS.items()}
     report(out, run, detector, scored, tables)
     write_csv(out / "scores.csv", scored | held_out, sets, run)
-    print(f"{out}: results.json, scores.csv, detector.pt")
 
 class Scored(NamedTuple):
     """N images under labels y (N,): scores {method: (N,)}, higher = in-distribution; the truth
@@ -87,7 +86,7 @@ def score_set(detector, classifier, name, x, truth):
         # log p(y given x): where y = C(x) it orders images as MSP does
         msp = -F.cross_entropy(logits, y, reduction="none")                   # (N,)
         parts = []
-        for rows in tqdm(torch.arange(len(x)).split(256), f"{name}, {labels}"):
+        for rows in tqdm(torch.arange(len(x)).split(256), name):
             parts.append(detector.mean_mismatch(to_float(x[rows]), y[rows]))
         scores = {"MSP": msp, **concatenated(parts), **free}
         scored[name, labels] = Scored(truth.cpu(), y.cpu(), {k: v.cpu() for k, v in scores.items()})

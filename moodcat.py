@@ -655,8 +655,8 @@ def write_whole(path, content):
 def load_checkpoint(path, kind, device="cpu"):
     """What save_checkpoint wrote. Raises OSError (missing), ValueError (damaged, of other kind)."""
     if not Path(path).is_file():
-        raise OSError(f"{path} does not exist: run train_gen.py, train_scorer.py (for cb_extra "
-                      "with --extra) and evaluate.py, in this order")
+        writers = {"generator": "train_gen.py", "detector": "evaluate.py"}
+        raise OSError(f"{path} does not exist: run {writers.get(kind, 'train_scorer.py')} first")
     try:
         if zipfile.ZipFile(path).testzip():  # torch.save's format has a checksum for each tensor
             raise ValueError

@@ -238,7 +238,8 @@ class Parser(argparse.ArgumentParser):
         add = self.add_argument
         add("--run", default="runs/digits", help="folder of all that is written [%(default)s]")
         add("--data", help="digits, cifar10, cifar100, or a folder of train/ and test/<class>/")
-        add("--device", default=("cpu", "cuda")[torch.cuda.is_available()], help="[%(default)s]")
+        add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+            help="[%(default)s]")
         if table:
             add("--resume", action="store_true", help="go on where the same command stopped")
         for name, (digits, photographs, why) in table.items():
