@@ -1399,6 +1399,13 @@ def test_an_interrupted_training_resumes_bit_for_bit(whole, tmp_path, monkeypatc
         assert same(load(whole, name), load(tmp_path, name)), name
         assert len({(run / f"{name}.jsonl").read_text() for run in (whole, tmp_path)}) == 1, name
 
+def test_a_steps_random_numbers_follow_from_seed_and_step():
+    def drawn(seed, step):
+        train_gen.seed_step(seed, step)
+        return torch.rand(4).tolist()
+    assert drawn(0, 5) == drawn(0, 5)
+    assert len({tuple(drawn(seed, step)) for seed in range(3) for step in range(9)}) == 27
+
 def test_a_log_without_a_checkpoint_begins_anew(whole, tmp_path):
     (tmp_path / "generator.jsonl").write_text('{"step": 3}\n')
     start(*short(tmp_path)[0])
