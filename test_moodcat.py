@@ -1399,12 +1399,30 @@ def test_an_interrupted_training_resumes_bit_for_bit(whole, tmp_path, monkeypatc
         assert same(load(whole, name), load(tmp_path, name)), name
         assert len({(run / f"{name}.jsonl").read_text() for run in (whole, tmp_path)}) == 1, name
 
-def test_a_steps_random_numbers_follow_from_seed_and_step():
-    def drawn(seed, step):
-        train_gen.seed_step(seed, step)
-        return torch.rand(4).tolist()
-    assert drawn(0, 5) == drawn(0, 5)
-    assert len({tuple(drawn(seed, step)) for seed in range(3) for step in range(9)}) == 27
+def test_every_step_seed_and_process_draws_other_numbers(monkeypatch):
+    monkeypatch.setattr(train_gen, "WORLD", 2)
+    drawn = []
+    for rank in (0, 1, 0):
+        monkeypatch.setattr(train_gen, "RANK", rank)
+        for seed, step in ((0, 0), (0, 1), (1, 0), (1, 1)):
+            train_gen.seed_step(seed, step)
+            drawn.append(torch.rand(()).item())
+    assert len(set(drawn[:8])) == 8 and drawn[8:] == drawn[:4]
+
+def test_a_loss_that_is_not_finite_is_not_written(whole, tmp_path, monkeypatch):
+    run = shutil.copytree(whole, tmp_path / "run")
+    monkeypatch.setattr(train_gen, "train_step", lambda *a: dict(loss=torch.tensor(torch.nan)))
+    line = complaint(train_gen.main, "--run", run, "--steps", 7, "--resume")
+    assert "a loss is not finite" in line and same(load(whole, "generator"), load(run, "generator"))
+
+def test_validation_leaves_c_b_as_it_was_and_counts_right_and_wrong_labels():
+    G, C_b, x = moodcat.for_inference(Generator(3, 2, 16, 1)), BinaryScorer(3, 2, 1), images(60)
+    x, y = ((x + 1) * 127.5).round().byte(), torch.arange(60) % 3
+    before, args = deepcopy(C_b.state_dict()), argparse.Namespace(mask_ratio=0.2, mask="rectangle")
+    train_scorer.validate(C_b, G, x, y, args)
+    assert same(dict(C_b.state_dict()), dict(before)) and C_b.training, "validation changed C_b"
+    C_b.forward = lambda x, x_fake, label: (label == y).float() - 0.5  # never wrong
+    assert train_scorer.validate(C_b, G, x, y, args) == dict(val_accuracy=1, val_auroc=1)
 
 def test_a_log_without_a_checkpoint_begins_anew(whole, tmp_path):
     (tmp_path / "generator.jsonl").write_text('{"step": 3}\n')
@@ -1439,7 +1457,8 @@ def test_settings_come_from_the_checkpoint_and_changed_ones_are_refused(tmp_path
     start(train_scorer.main, "--run", tmp_path, "--steps", 8, "--resume")
     assert "another run" in capsys.readouterr().out  # its rate had fallen over 6 steps
     assert load(tmp_path, "scorer")["settings"]["steps"] == load(tmp_path, "scorer")["step"] == 8
-    start(evaluate.main, "--run", tmp_path)
+    start(evaluate.main, "--run", tmp_path, "--seed", 5)
+    assert results(tmp_path)["mask"] == dict(ratio=[0, 0], seed=5, style="rectangle")
     shown = results(tmp_path)["settings"]
     for name, where in (("generator", "generator"), ("classifier", "classifier"), ("cb", "scorer")):
         assert shown[name] == json.loads(json.dumps(load(tmp_path, where)["settings"]))
@@ -1449,6 +1468,11 @@ def test_every_setting_of_the_tables_is_a_flag_and_is_recorded(whole):
                         (train_scorer.CLASSIFIER, "classifier")):
         assert not table.keys() - load(whole, name)["settings"].keys()
     assert load(whole, "generator")["settings"]["preset"] == "digits"
+    for table in (train_gen.SETTINGS, {**train_scorer.SCORER, **train_scorer.CLASSIFIER}):
+        for i, data in enumerate(("digits", "cifar10")):
+            argv = ["--run", "nowhere", "--data", data, "--device", "cpu"]
+            args = train_gen.parse(train_gen.Parser("", table), argv, table)
+            assert {k: getattr(args, k) for k in table} == {k: row[i] for k, row in table.items()}
 
 def test_kill_9_at_any_moment_changes_nothing(whole, tmp_path):
     code = ("import train_gen; train_gen.SAVE_SECONDS = 0; train_gen.LOG_EVERY = 1; "
