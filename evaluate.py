@@ -85,10 +85,10 @@ def score_set(detector, classifier, name, x, truth):
     for labels, y in {"C(x)": logits.argmax(1), "given": given}.items():
         # log p(y given x): where y = C(x) it orders images as MSP does
         msp = -F.cross_entropy(logits, y, reduction="none")                   # (N,)
-        parts = []
+        chunks = []
         for rows in tqdm(torch.arange(len(x)).split(256), name):
-            parts.append(detector.mean_mismatch(to_float(x[rows]), y[rows]))
-        scores = {"MSP": msp, **concatenated(parts), **free}
+            chunks.append(detector.mean_mismatch(to_float(x[rows]), y[rows]))
+        scores = {"MSP": msp, **concatenated(chunks), **free}
         scored[name, labels] = Scored(truth.cpu(), y.cpu(), {k: v.cpu() for k, v in scores.items()})
     return scored
 
@@ -221,16 +221,16 @@ def gather_sets(args, run):
 def odin(classifier, x):
     """ODIN of uint8 images x (N, C, S, S), {"ODIN": (N,)}, or {} where there is no gradient: it
     steps towards a higher softmax, then looks at that."""
-    parts = []
-    for part in x.split(256):
-        images = to_float(part).requires_grad_(True)
+    scores = []
+    for chunk in x.split(256):
+        images = to_float(chunk).requires_grad_(True)
         top = (classifier(images) / ODIN_TEMPERATURE).log_softmax(1).amax(1).sum()
         if not top.requires_grad:
             return {}
         moved = images + ODIN_STEP * torch.autograd.grad(top, images)[0].sign()
         with torch.no_grad():
-            parts.append((classifier(moved) / ODIN_TEMPERATURE).softmax(1).amax(1))
-    return {"ODIN": torch.cat(parts)}
+            scores.append((classifier(moved) / ODIN_TEMPERATURE).softmax(1).amax(1))
+    return {"ODIN": torch.cat(scores)}
 
 def calibrate(detector, run, held_out):
     """Fix the detector by the held-out images, Scored under C(x); warn where it is weak."""

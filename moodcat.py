@@ -84,12 +84,13 @@ class MoodCat:
         x = x.to(self.device, torch.float32).clamp(-1, 1)
         y = y.to(self.device, torch.long)
 
-        parts = []
+        chunks = []
         # on a CPU small chunks stay in the cache
         for rows in torch.arange(len(x)).split(512 if x.is_cuda else 32):
             scores = [self.mismatch(x[rows], y[rows], i)[0] for i in range(self.masks)]
-            parts.append({name: sum(s[name] / self.masks for s in scores) for name in self.scorers})
-        return concatenated(parts)
+            chunks.append({name: sum(s[name] / self.masks for s in scores)
+                           for name in self.scorers})
+        return concatenated(chunks)
 
     def score(self, x, y):
         """Scores of images x (B, C, S, S) float in [-1, 1] under labels y (B,), normally C(x):
@@ -217,9 +218,9 @@ class ImageMask:
             u.append(torch.rand(3, generator=torch.Generator().manual_seed(crc)))
         return random_mask(x, ratio, u=torch.stack(u), style=style)
 
-def concatenated(parts):
+def concatenated(chunks):
     """Dictionaries of tensors -> one dictionary, each entry with those of all."""
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
 
 def described(mask):
     """How a detector's file names its mask: (class or function, settings)."""
@@ -518,7 +519,7 @@ def joint_scores(scores, held_out):
     """Scores {name: (B,)} of the scorers in held_out {name: (n,)} -> {rule: (B,)} of RULES, on the
     CPU."""
     log_p = torch.stack([log_p_values(scores[name], held_out[name]) for name in held_out])
-    return {rule: join(log_p).float() for rule, join in RULES.items()}
+    return {name: rule(log_p).float() for name, rule in RULES.items()}
 
 def fit_calibration(scores, tpr=0.95):
     """From scores {name: (n,)} of held-out in-distribution images under y = C(x): the even images'

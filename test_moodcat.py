@@ -1550,7 +1550,7 @@ class Spy(train_gen.Run):
         super().save()
         name = self.state["kind"]
         if self.state["step"] == self.state["steps"]:
-            weights = dict(self.parts[name].named_parameters())
+            weights = dict(self.stateful[name].named_parameters())
             torch.save(weights, f"{sys.argv[1]}/{name}-{train_gen.RANK}.pt")
 train_gen.Run = train_scorer.Run = Spy
 def main():

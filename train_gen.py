@@ -178,8 +178,8 @@ def find_images(data, split):
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
         x, y = load_digits(return_X_y=True)  # 1,797 images of 8 x 8 pixels, 0 to 16; no split
-        parts = train_test_split(np.arange(len(y)), test_size=1 / 3, random_state=0, stratify=y)
-        rows = np.sort(parts[split == "test"])
+        indices = train_test_split(np.arange(len(y)), test_size=1 / 3, random_state=0, stratify=y)
+        rows = np.sort(indices[split == "test"])
         x = (x[rows] * 255 / 16).astype(np.uint8).reshape(-1, 8, 8)
         return [Image.fromarray(image) for image in x], y[rows], list("0123456789")
     if data in TORCHVISION:
@@ -348,12 +348,12 @@ def seed_step(seed, step):
     torch.manual_seed((seed * 1_000_003 + step) * WORLD + RANK)
 
 class Run:
-    """A training into RUN/<name>.pt with its log RUN/<name>.jsonl. parts: {name: anything with a
+    """A training into RUN/<name>.pt with its log RUN/<name>.jsonl. stateful: {name: anything with a
     state_dict}, restored where the checkpoint is there; `step` is the one to go on from. Every
     setting of the table stands in the checkpoint, and `more`. Raises ValueError, OSError."""
-    def __init__(self, name, args, table, data, steps, more, **parts):
+    def __init__(self, name, args, table, data, steps, more, **stateful):
         self.path = Path(args.run, f"{name}.pt")
-        self.parts = parts
+        self.stateful = stateful
         settings = {k: getattr(args, k) for k in (*table, "preset", "data", "device")}
         settings |= dict(more, classes=data.classes, channels=data.channels, n=data.n,
                          fingerprint=data.fingerprint, processes=WORLD)
@@ -368,8 +368,8 @@ class Run:
             print(done)
             if saved["steps"] < steps:
                 print("a rate that falls over the steps makes it another run than one of as many")
-            for part, target in parts.items():
-                load_weights(target, saved.get(part), self.path)
+            for key, target in stateful.items():
+                load_weights(target, saved.get(key), self.path)
             self.state.update({k: saved[k] for k in ("step", "lines", "values")})
         self.step = self.state["step"]
         self.saved_at = time.time()
@@ -401,8 +401,8 @@ class Run:
             raise ValueError(f"a loss is not finite, {self.path} is as it was: lower the rate")
         if self.path.exists() and not self.ours:
             raise ValueError(f"another training has written {self.path}: use another --run")
-        parts = {name: part.state_dict() for name, part in self.parts.items()}
-        save_checkpoint(self.path, self.state | parts)
+        states = {name: target.state_dict() for name, target in self.stateful.items()}
+        save_checkpoint(self.path, self.state | states)
         write_whole(self.path.with_suffix(".jsonl"), "".join(self.state["lines"]).encode())
         self.ours = True
         self.saved_at = time.time()

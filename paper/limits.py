@@ -50,7 +50,7 @@ def train_on(name, G, args, run):
                 mask_ratio=0.0 if name == "x" else generator["mask_ratio"])
     args = Namespace(**{**vars(args), **more, "run": str(Path(args.run, "limits", name))})
     training = train_scorer(args, SCORERS["cb"], G, run.data, **more)
-    C_b = for_inference(training.parts["scorer"])
+    C_b = for_inference(training.stateful["scorer"])
     mask = ImageMask(args.mask_ratio, args.seed, args.mask)
 
     def score(x, x_fake, y):
