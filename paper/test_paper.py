@@ -27,7 +27,7 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     for seed in "01":
         run = ["--run", str(folder / f"a-{seed}"), "--seed", seed]
-        train_gen.main([*run, "--steps", "30", "--ch", "4", "--known-classes", *"0123"])
+        train_gen.main([*run, "--steps", "12", "--ch", "4", "--known-classes", *"0123"])
         train_scorer.main([*run, "--steps", "20", "--classifier-steps", "40"])
         evaluate.main(run)
     wide = results(folder / "a-0")
