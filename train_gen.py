@@ -30,18 +30,18 @@ from moodcat import (MASKS, Generator, UNetDiscriminator, discriminator_loss, ge
 
 SETTINGS = dict(  # each is a flag, --lr-g 5e-4, and stands in the checkpoint and in results.json
     #              digits        photographs  the paper's value; why not here
-    known_classes=([*"012345"],  [],         "the others are OOD; photographs: all are known"),
-    image_size=   (16,          32,          "32; a multiple of 8"),
-    ch=           (8,           32,          "32; channel multiplier"),
-    batch_size=   (32,          96,          "96"),
-    steps=        (800,         100_000,     "not said"),
-    lr_g=         (5e-4,        5e-4,        "5e-5; for minutes in place of days"),
-    lr_d=         (1e-3,        1e-3,        "5e-5; D^Unet stays ahead of G"),
-    adv=          (0.5,         0.5,         "1 in Eq. 6; the authors' code: 0.5"),
-    l1=           (2.0,         2.0,         "1 in Eq. 6; the authors' code: 2"),
-    l2=           (3.0,         3.0,         "1 in Eq. 6; the authors' code: 3"),
-    ssim=         (5.0,         5.0,         "1 in Eq. 6; the authors' code: 5"),
-    kl=           (0.1,         0.03,        "1 in Eq. 1; the authors' code: 0.03"),
+    known_classes=([*"012345"],  [],         "the other classes are OOD"),
+    image_size=   (16,          32,          "paper 32; a multiple of 8"),
+    ch=           (8,           32,          "paper 32; channel multiplier"),
+    batch_size=   (32,          96,          "paper 96"),
+    steps=        (800,         100_000,     "paper: not said"),
+    lr_g=         (5e-4,        5e-4,        "paper 5e-5; for minutes in place of days"),
+    lr_d=         (1e-3,        1e-3,        "paper 5e-5; D^Unet stays ahead of G"),
+    adv=          (0.5,         0.5,         "Eq. 6: 1; the authors' code: 0.5"),
+    l1=           (2.0,         2.0,         "Eq. 6: 1; the authors' code: 2"),
+    l2=           (3.0,         3.0,         "Eq. 6: 1; the authors' code: 3"),
+    ssim=         (5.0,         5.0,         "Eq. 6: 1; the authors' code: 5"),
+    kl=           (0.1,         0.03,        "Eq. 1: 1; the authors' code: 0.03"),
     mask=         ("rectangle", "rectangle", "a row of moodcat.MASKS"),
     mask_ratio=   ([0.1, 0.3],  [0.1, 0.3],  "Table 5; 0 0 masks nothing"),
     unconditional=(False,       False,       "Table 6: no label in the generator"),
@@ -248,7 +248,7 @@ class Parser(argparse.ArgumentParser):
                 how = dict(action="store_true")
             if isinstance(digits, list):
                 how |= dict(nargs="+", type=type(digits[0]))
-            add("--" + name.replace("_", "-"), help=f"{why} [{digits}; photographs {photographs}]",
+            add("--" + name.replace("_", "-"), help=f"{why} [digits {digits}, else {photographs}]",
                 **how)
 
     def parse_args(self, argv=None):

@@ -28,20 +28,20 @@ from train_gen import (LOG_EVERY, Parser, Run, Split, adam, averaged, image_file
 
 SCORER = dict(  # each is a flag, and stands in the checkpoint and in results.json
     #                 digits           photographs         the paper; why not here
-    lr=              (1e-3,            1e-3,               "5e-5; falls to 0 along a line"),
-    batch_size=      (32,              96,                 "96"),
-    steps=           (500,             40_000,             "not said"),
-    ch=              (8,               32,                 "32; C_b's channel multiplier"),
+    lr=              (1e-3,            1e-3,               "paper 5e-5; falls to 0 along a line"),
+    batch_size=      (32,              96,                 "paper 96"),
+    steps=           (500,             40_000,             "paper: not said"),
+    ch=              (8,               32,                 "paper 32; C_b's channel multiplier"),
     mirror=          (False,           False,              "mirror images: not for text, signs"),
     bf16=            (False,           False,              "nets in bfloat16"),
     seed=            (0,               0,                  "of all random numbers"))
 CLASSIFIER = dict(
-    net=             ("conv",          "resnet18",         "resnet18; conv is a small one"),
+    net=             ("conv",          "resnet18",         "paper resnet18; conv is a small one"),
     widths=          ([8, 16, 32, 64], [24, 64, 256, 256], "of the net conv"),
     classifier_lr=   (0.1,             0.4,                "the highest; up, then down to 0"),
-    classifier_batch=(64,              512,                "not said"),
-    classifier_steps=(300,             8_500,              "not said"),
-    smoothing=       (0.1,             0.1,                "of the labels; 0"))
+    classifier_batch=(64,              512,                "paper: not said"),
+    classifier_steps=(300,             8_500,              "paper: not said"),
+    smoothing=       (0.1,             0.1,                "paper 0; of the classifier's labels"))
 
 # --- Figure 3 ------------------------------------------------------------------------------------
 def train_step(C_b, G, opt, right, wrong, bf16=False):
