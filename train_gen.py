@@ -384,7 +384,7 @@ class Run:
             values = {name: float(value) for name, value in values.items()}
             state["values"].update(values)
             state["lines"].append(json.dumps(dict(step=state["step"], **values)) + "\n")
-            self.bar.set_postfix(state["values"])
+            self.bar.set_postfix(state["values"], refresh=False)
 
     def save(self):
         """Checkpoint and log, every SAVE_SECONDS and at the end."""

@@ -38,7 +38,6 @@ def all_tables(scored):
 def settings_of(run):
     """The settings of all that a TrainedRun consists of, as results.json has them."""
     settings = {name: saved["settings"] for name, saved in run.trained.items()}
-    settings["generator"] = run.generator["settings"]
     settings["classifier"] = getattr(run.classifier, "settings", None)
     return settings
 
