@@ -2,8 +2,8 @@
 
     python evaluate.py                                       # digits, after the other two
     python evaluate.py --run runs/cifar10 --ood cifar100 svhn dtd FOLDER
-    python evaluate.py --run runs/cifar10 --scorers cb lpips-squeeze ssim --masks 4
-    python evaluate.py --run runs/mine --classifier mine.pt  # what train_scorer.py was given
+    python evaluate.py --run runs/cifar10 --scorers paper    # C_b, LPIPS, DISTS: fetches 528 MB
+    python evaluate.py --run runs/mine --classifier mine.pt2 # what train_scorer.py was given
     python evaluate.py --run runs/cifar10 --images my_photos # verdicts on your own pictures
 
 In-distribution: the run's test split. OOD: its images of other classes ("unknown") and the sets
@@ -22,21 +22,21 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.metrics import auc, precision_recall_curve, roc_auc_score
 from tqdm import tqdm
 
-from moodcat import (SCORERS, ImageMask, MoodCat, Trained, concatenated, fit_calibration,
+from moodcat import (RULES, SCORERS, ImageMask, MoodCat, Trained, concatenated, fit_calibration,
                      joint_scores, load_checkpoint, load_weights, write_whole)
-from train_gen import (TORCHVISION, Parser, Split, find_images, image_files, image_hashes,
+from train_gen import (TORCHVISION, Parser, find_images, image_files, image_hashes,
                        read_images, run_script, to_float)
-from train_scorer import load_classifier, load_generator, predict, weaknesses
+from train_scorer import (fingerprint, load_classifier, load_generator, predict, training_split,
+                          weaknesses)
 
 PROTOCOLS = {  # the labels under which in-distribution images are scored, and OOD images
     "y = C(x)": ("C(x)", "C(x)"),            # the headline: what a deployed detector can do
     "oracle labels": ("given", "given"),     # the authors' code: the truth; OOD: a random label
     "true in-distribution": ("given", "C(x)")}
-DEFAULT_SCORERS = {"digits": ["cb", "ssim", "energy"],  # for photographs the paper's, and energy
-                   "photographs": ["cb", "lpips", "dists", "energy"]}
+DEFAULT_SCORERS = ["cb", "ssim", "energy"]  # these need no download
+PAPER_SCORERS = ["cb", "lpips", "dists"]    # --scorers paper
 TPR = 0.95                   # share of in-distribution images to accept
 ODIN_TEMPERATURE = 1000.0    # its paper's defaults; its step of 0.0014 is for images in [0, 1], ...
 ODIN_STEP = 2 * 0.0014       # ... ours span twice that
@@ -48,7 +48,7 @@ def evaluate(args, out):
     detector = MoodCat(run.G, run.scorers, run.mask, args.masks)
 
     # 1. Calibrate on held-out training images under y = C(x): no test image chooses anything.
-    held_out = score_set(detector, run.classifier, "held-out", *run.data.held_out_images())
+    held_out = score_set(detector, run.classifier, "held-out", *run.held_out[:2])
     reference = held_out["held-out", "C(x)"]
     calibrate(detector, run, reference)
     detector.save(out / "detector.pt")
@@ -114,6 +114,7 @@ def ood_metrics(id_scores, ood_scores):
     """fpr95, auroc, aupr_in, aupr_out as fractions; scores (N,) and (M,), higher = in-distribution,
     the positive class (section 4.2). FPR@TPR95 accepts from the k-th largest in-distribution score,
     k = floor(0.95 N). AUPR is the trapezoid under the curve. Raises ValueError."""
+    from sklearn.metrics import auc, precision_recall_curve, roc_auc_score  # takes a second
     inside = np.asarray(id_scores, float)
     outside = np.asarray(ood_scores, float)
     scores = np.concatenate([inside, outside])
@@ -141,6 +142,8 @@ def main(argv=None):
     add("--images", help="judge a picture or a folder of them")
     args = parser.parse_args(argv)
     out = Path(args.out or args.run)
+    for name in {*args.ood, args.calibrate} - {*TORCHVISION, None}:
+        image_files(name)  # a wrong folder is noticed before the work
     if args.out:
         out.mkdir(parents=True, exist_ok=True)  # what cannot be written is noticed before the work
     if args.images:
@@ -156,19 +159,23 @@ def make_parser(doc):
     """The flags that say how a run is scored."""
     parser = Parser(doc)
     add = parser.add_argument
-    add("--scorers", nargs="+", choices=SCORERS, help=f"[{DEFAULT_SCORERS}]")
+    add("--scorers", nargs="+", choices=[*SCORERS, "paper"], default=DEFAULT_SCORERS,
+        help=f"paper: {PAPER_SCORERS}, which fetch 528 MB [%(default)s]")
     add("--masks", type=int, default=1, help="average each score over so many masks [%(default)s]")
     add("--classifier", help="another run's, or a program, as trained with")
+    add("--calibrate", help="folder of <class>/ with images that no net has seen, to fix the "
+        "thresholds [held-out training images]")
     add("--seed", type=int, default=0, help="of the masks [%(default)s]")
     return parser
 
 class TrainedRun:
     """What a run's trainings have left: `G` and its checkpoint `generator`, training split `data`,
     `classes`, `classifier` and its id, `scorers` {name: f}, `trained` {name: checkpoint} of G and
-    trained scorers, `mask`.
+    trained scorers, `mask`; `held_out`, images, labels and names that fix the thresholds.
     Raises OSError or ValueError."""
     def __init__(self, args):
-        self.G, self.generator, self.data = load_generator(args)
+        self.args = args
+        self.G, self.generator = load_generator(args.run, args.device)
         settings = self.generator["settings"]
         self.classes = settings["classes"]
         self.classifier, self.classifier_id, _ = load_classifier(
@@ -176,26 +183,36 @@ class TrainedRun:
         self.mask = ImageMask(settings["mask_ratio"], args.seed, settings["mask"])
         self.scorers = {}
         self.trained = {"generator": self.generator}
-        for name in args.scorers or DEFAULT_SCORERS[settings["preset"]]:
+        names = [PAPER_SCORERS if name == "paper" else [name] for name in args.scorers]
+        for name in sum(names, []):
             row = SCORERS[name]
             if isinstance(row, Trained):
                 path = Path(args.run, f"{row.checkpoint}.pt")
                 saved = load_checkpoint(path, row.checkpoint, args.device)
                 if saved["settings"]["generator"] != self.generator["id"]:
-                    raise ValueError(
-                        f"{path} is of another generator: delete it, run {row.command}")
+                    raise ValueError(f"{path} is of another generator: {row.command} --anew")
                 self.trained[name] = saved
                 self.scorers[name] = row.net(**saved["settings"]["sizes"])
                 load_weights(self.scorers[name], saved["scorer"], path)
             else:
                 self.scorers[name] = row(None, self.classifier)
+        self.data = training_split(args, self.generator)  # last: it reads the images
+        self.held_out = *self.data.held_out_images(), self.data.names[self.data.held_out.cpu()]
+        if args.calibrate:
+            self.held_out = self.unseen_images(args.calibrate)
+
+    def unseen_images(self, folder):
+        """Images, labels and names of --calibrate. Raises OSError or ValueError."""
+        own = self.data.other("", data=folder)
+        others = torch.cat([self.data.x, self.data.other("test").x])
+        if torch.isin(image_hashes(own.x), image_hashes(others)).any():
+            raise ValueError(f"{folder} has images of the training or test split: use others")
+        return own.x, own.y, own.names
 
 def gather_sets(args, run):
     """What to report on: {set: (uint8 images, labels, names)}, "in-distribution" first; label -1 =
     OOD, otherwise the class. Raises OSError or ValueError."""
-    test = Split(args.data, "test", run.classes, run.data.x.shape[2], args.device)
-    if test.all_classes != run.data.all_classes:
-        raise ValueError(f"the training split has not the test split's classes {test.all_classes}")
+    test = run.data.other("test")
     # what lies outside: {set: (images, names)}
     outside = {"unknown": (test.unknown, test.unknown_names)} if len(test.unknown) else {}
     for name in args.ood:
@@ -233,12 +250,14 @@ def odin(classifier, x):
     return {"ODIN": torch.cat(scores)}
 
 def calibrate(detector, run, held_out):
-    """Fix the detector by the held-out images, Scored under C(x); warn where it is weak."""
-    warnings = weaknesses(share_right(held_out), len(run.classes), run.trained)
+    """Fix the detector by the held-out images, Scored under C(x); note where it is weak."""
+    args = run.args
     scores = {name: held_out.scores[name] for name in detector.scorers}
-    detector.calibration = dict(
-        fit_calibration(scores, TPR),
-        notes=dict(classifier=run.classifier_id, classes=run.classes, warnings=warnings))
+    files = [Path(args.run, f"{saved['kind']}.pt") for saved in run.trained.values()]
+    detector.calibration = dict(fit_calibration(scores, TPR), notes=dict(
+        classes=run.classes, classifier=run.classifier_id,
+        files={file.name: fingerprint(file.read_bytes()) for file in files},
+        warnings=weaknesses(args, share_right(held_out), run.trained)))
 
 def share_right(*sets):
     """The accuracy of C(x) on the in-distribution images of sets Scored under C(x)."""
@@ -275,6 +294,19 @@ def report(out, run, detector, scored, tables):
         print(f"\n{protocol}\n{format_table(table)}")
     print(f"\nFlagged as OOD by {joint}, its threshold from held-out images:",
           *(f"{name} {share:.1%}" for name, share in flagged.items()))
+    print(judgement(tables["y = C(x)"], joint))
+    for line in detector.calibration["notes"]["warnings"]:
+        print("warning:", line)
+
+def judgement(table, joint):
+    """What a table {method: {set: metrics}} says of the detector, in a sentence."""
+    auroc = {method: 100 * np.mean([row["auroc"] for row in rows.values()])
+             for method, rows in table.items()}
+    best = max(auroc, key=auroc.get)
+    against = [f"{'beats' if auroc[joint] > auroc[name] else 'does not beat'} {name} "
+               f"({auroc[joint] - auroc[name]:+.1f})" for name in ("energy", "MSP")]
+    return (f"On these images, by mean AUROC under y = C(x): best is {best} with {auroc[best]:.1f}; "
+            f"the detector, {joint}, has {auroc[joint]:.1f} and {' and '.join(against)}.")
 
 def format_table(table):
     """The rows of Table 1, in percent."""
@@ -289,7 +321,7 @@ def format_table(table):
 def write_csv(path, scored, sets, run):
     """A line an image and label: set, labels, image, truth, y, scores."""
     names = {name: images for name, (_, _, images) in sets.items()}
-    names["held-out"] = run.data.names[run.data.held_out.cpu()]
+    names["held-out"] = run.held_out[2]
     called = np.array([*run.classes, "OOD"])  # -1 is the last
     lines = [["set", "labels", "image", "truth", "y", *scored["in-distribution", "C(x)"].scores]]
     for (name, labels), s in scored.items():
@@ -316,25 +348,45 @@ def provenance():
 # --- Your pictures -------------------------------------------------------------------------------
 def judge_images(args):
     """--images: a line for each of the user's pictures."""
+    # the detector, and the classifier that it was calibrated for
+    path = Path(args.run, "detector.pt")
+    notes = load_checkpoint(path, "detector")["calibration"]["notes"]
+    classes = notes["classes"]
+    print(f"{args.run}: {', '.join(classes)}")
+    other = f"{path} was calibrated for another classifier: name that one with --classifier"
+    if not (args.classifier or Path(args.run, "classifier.pt").exists()):
+        raise ValueError(other)
     classifier, classifier_id, _ = load_classifier(args.run, args.classifier, args.device)
-    detector = MoodCat.load(Path(args.run, "detector.pt"), args.device, classifier)
-    notes = detector.calibration["notes"]
     if notes["classifier"] != classifier_id:
-        raise ValueError("the detector was calibrated for another classifier: see --classifier")
+        raise ValueError(other)
+    detector = MoodCat.load(path, args.device, classifier)
+    for name, id in notes.get("files", {}).items():
+        file = Path(args.run, name)
+        if file.exists() and fingerprint(file.read_bytes()) != id:
+            print(f"warning: {file} is newer than the detector: run evaluate.py again")
     for line in notes["warnings"]:
         print("warning:", line)
+
+    # the pictures, each on its own: one that cannot be read is a line, too
     settings = detector.generator.settings
-    files = image_files(args.images)
-    x = read_images(files, settings["channels"], settings["image_size"]).to(args.device)
-    y = predict(classifier, x, settings["num_classes"]).argmax(1)
-    scores = detector.score(to_float(x), y)
-    ood = detector.rejects(scores)
-    print("image", "prediction", *scores, "verdict", sep="\t")
-    for file, label, rejected, *values in zip(files, y, ood, *scores.values()):
-        verdict = "OOD" if rejected else "in-distribution"
-        numbers = [f"{value:.4f}" for value in values]
-        print(repr(file)[1:-1], notes["classes"][label], *numbers, verdict, sep="\t")
-    print(f"{ood.sum()} of {len(files)} rejected")
+    verdicts = []
+    print("image", "prediction", *detector.scorers, *RULES, "verdict", sep="\t")
+    for file in image_files(args.images):
+        line = [repr(file)[1:-1]]
+        try:
+            x = read_images([file], settings["channels"], settings["image_size"]).to(args.device)
+        except OSError as error:
+            line.append(f"unreadable: {error.__cause__}")
+        else:
+            y = predict(classifier, x, len(classes)).argmax(1)
+            scores = detector.score(to_float(x), y)
+            verdicts.append(detector.rejects(scores).item())
+            line += [classes[y], *(f"{score.item():.4f}" for score in scores.values()),
+                     "OOD" if verdicts[-1] else "in-distribution"]
+        print(*line, sep="\t")
+    if not verdicts:
+        raise OSError(f"{args.images}: no picture can be read")
+    print(f"{sum(verdicts)} of {len(verdicts)} rejected")
 
 if __name__ == "__main__":
     run_script(main)

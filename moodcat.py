@@ -656,8 +656,9 @@ def write_whole(path, content):
 def load_checkpoint(path, kind, device="cpu"):
     """What save_checkpoint wrote. Raises OSError (missing), ValueError (damaged, of other kind)."""
     if not Path(path).is_file():
-        writers = {"generator": "train_gen.py", "detector": "evaluate.py"}
-        raise OSError(f"{path} does not exist: run {writers.get(kind, 'train_scorer.py')} first")
+        writers = {"generator": "run train_gen.py", "detector": "run evaluate.py",
+                   "classifier": "run train_scorer.py, or name your own with --classifier"}
+        raise OSError(f"{path} does not exist: {writers.get(kind, 'run train_scorer.py')} first")
     try:
         if zipfile.ZipFile(path).testzip():  # torch.save's format has a checksum for each tensor
             raise ValueError

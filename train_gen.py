@@ -1,10 +1,10 @@
 """Train MoodCat's generator (Algorithm 1). Below the algorithm: what all the scripts share.
 
-    python train_gen.py                                        # handwritten digits, a CPU minute
-    python train_gen.py --data FOLDER --run runs/mine --ch 16  # FOLDER/{train,test}/<class>/*.png
-    python train_gen.py --data cifar10 --run runs/cifar10      # the paper's width, for a GPU
-    python train_gen.py --run runs/mine --resume               # after an interruption
-    torchrun --nproc_per_node=4 -- train_gen.py ...            # one process for each of 4 GPUs
+    python train_gen.py                                    # handwritten digits, a CPU minute
+    python train_gen.py --data FOLDER --run runs/mine      # FOLDER/{train,test}/<class>/*.png
+    python train_gen.py --data cifar10 --run runs/cifar10  # on a GPU the paper's width
+    python train_gen.py --run runs/mine --resume           # after an interruption
+    torchrun --nproc_per_node=4 -- train_gen.py ...        # one process for each of 4 GPUs
 
 Writes RUN/generator.pt and its log RUN/generator.jsonl.
 """
@@ -28,25 +28,32 @@ from moodcat import (MASKS, Generator, UNetDiscriminator, discriminator_loss, ge
                      kl_divergence, load_checkpoint, load_weights, random_mask, save_checkpoint,
                      write_whole)
 
-SETTINGS = dict(  # each is a flag, --lr-g 5e-4, and stands in the checkpoint and in results.json
-    #              digits        photographs  the paper's value; why not here
-    known_classes=([*"012345"],  [],         "the other classes are OOD"),
-    image_size=   (16,          32,          "paper 32; a multiple of 8"),
-    ch=           (8,           32,          "paper 32; channel multiplier"),
-    batch_size=   (32,          96,          "paper 96"),
-    steps=        (800,         100_000,     "paper: not said"),
-    lr_g=         (5e-4,        5e-4,        "paper 5e-5; for minutes in place of days"),
-    lr_d=         (1e-3,        1e-3,        "paper 5e-5; D^Unet stays ahead of G"),
-    adv=          (0.5,         0.5,         "Eq. 6: 1; the authors' code: 0.5"),
-    l1=           (2.0,         2.0,         "Eq. 6: 1; the authors' code: 2"),
-    l2=           (3.0,         3.0,         "Eq. 6: 1; the authors' code: 3"),
-    ssim=         (5.0,         5.0,         "Eq. 6: 1; the authors' code: 5"),
-    kl=           (0.1,         0.03,        "Eq. 1: 1; the authors' code: 0.03"),
-    mask=         ("rectangle", "rectangle", "a row of moodcat.MASKS"),
-    mask_ratio=   ([0.1, 0.3],  [0.1, 0.3],  "Table 5; 0 0 masks nothing"),
-    unconditional=(False,       False,       "Table 6: no label in the generator"),
-    bf16=         (False,       False,       "nets in bfloat16, faster on some hardware"),
-    seed=         (0,           0,           "of all random numbers"))
+class Passes(float):
+    """A number of steps, as passes over the training images."""
+    def __str__(self):
+        return f"{float(self):g} passes"
+
+# Each row is a flag, --lr-g 5e-4, and stands in the checkpoint and in results.json. The values: one
+# for all; or for digits, for photographs; or for digits, for photographs on a CPU, on a GPU.
+SETTINGS = dict(  #                                   the paper's value; why not here
+    known_classes=([*"012345"], [],                  "the other classes are OOD"),
+    image_size=   (16, 32,                           "paper 32; a multiple of 8"),
+    channels=     (0,                                "1 grey, 3 colour, 0 as the images are"),
+    ch=           (8, 8, 32,                         "paper 32; channel multiplier"),
+    batch_size=   (32, 32, 96,                       "paper 96"),
+    steps=        (800, Passes(6), Passes(200),      "paper: not said"),
+    lr_g=         (5e-4,                             "paper 5e-5; for minutes in place of days"),
+    lr_d=         (1e-3,                             "paper 5e-5; D^Unet stays ahead of G"),
+    adv=          (0.5,                              "Eq. 6: 1; the authors' code: 0.5"),
+    l1=           (2.0,                              "Eq. 6: 1; the authors' code: 2"),
+    l2=           (3.0,                              "Eq. 6: 1; the authors' code: 3"),
+    ssim=         (5.0,                              "Eq. 6: 1; the authors' code: 5"),
+    kl=           (0.1, 0.03,                        "Eq. 1: 1; the authors' code: 0.03"),
+    mask=         ("rectangle",                      "a row of moodcat.MASKS"),
+    mask_ratio=   ([0.1, 0.3],                       "Table 5; 0 0 masks nothing"),
+    unconditional=(False,                            "Table 6: no label in the generator"),
+    bf16=         (False,                            "nets in bfloat16, faster on some hardware"),
+    seed=         (0,                                "of all random numbers"))
 
 # --- Algorithm 1 ---------------------------------------------------------------------------------
 def train_step(G, D, opt_g, opt_d, x, x_m, y, s):
@@ -81,10 +88,13 @@ def train_step(G, D, opt_g, opt_d, x, x_m, y, s):
 
 def main(argv=None):
     """Train E, D and D^Unet into RUN/generator.pt."""
-    args = parse(Parser(__doc__, SETTINGS, mask=MASKS), argv, SETTINGS, "generator")
-    data = Split(args.data, "train", args.known_classes, args.image_size, args.device)
+    parser = Parser(__doc__, SETTINGS, mask=MASKS, channels=[0, 1, 3])
+    args = parse(parser, argv, SETTINGS, "generator")
+    data = Split(args.data, "train", args.known_classes, args.image_size, args.device,
+                 args.channels)
     x_all, y_all = data.training_images()
-    print(f"{data.n} training images, {data.held_out.sum()} held out")
+    args.steps = count_steps("generator", args.steps, args.batch_size, data.n)
+    print(f"{data.held_out.sum()} images held out; channels: {data.channels}")
 
     # the nets; G is E and D in one
     torch.manual_seed(args.seed)
@@ -113,8 +123,10 @@ TORCHVISION = "cifar10", "cifar100", "svhn", "dtd"  # it puts them into the fold
 class Split:
     """A split of a data set: images `x` uint8 (N, C, S, S), labels `y` (N,) into `classes`,
     `held_out` (N,), True where an image trains nothing (n do), `names`; `unknown` (M, C, S, S),
-    images of other classes than the known ones, `unknown_names`. Raises OSError, ValueError."""
-    def __init__(self, data, split, known=None, size=32, device="cpu"):
+    images of other classes than the known ones, `unknown_names`. channels: 1, 3, or 0, then grey
+    images have 1. Raises OSError, ValueError."""
+    def __init__(self, data, split, known=None, size=32, device="cpu", channels=0):
+        self.source = data
         images, labels, self.all_classes = find_images(data, split)
         known = known or self.all_classes[:6 if data == "digits" else None]
         self.classes = [name for name in self.all_classes if name in known]
@@ -122,7 +134,7 @@ class Split:
             raise ValueError(f"known classes {known}: give two at least, of {self.all_classes}")
         index = {name: i for i, name in enumerate(self.classes)}
         y = torch.tensor([index.get(self.all_classes[label], -1) for label in labels])
-        x = read_images(images, 1 if data == "digits" else 3, size)
+        x = read_images(images, channels, size)
         names = np.array(images) if isinstance(images[0], str) else np.arange(len(images))
         is_known = y >= 0
         self.x = x[is_known].to(device)
@@ -139,6 +151,11 @@ class Split:
         self.fingerprint = hashlib.sha256(content.encode()).hexdigest()[:16]
         self.channels = x.shape[1]
         self.n = int((~self.held_out).sum())
+
+    def other(self, split, known=None, data=None):
+        """Another split, of other classes or another folder, at the same size and channels."""
+        _, C, S, _ = self.x.shape
+        return Split(data or self.source, split, known or self.classes, S, self.x.device, C)
 
     def training_images(self):
         return self.x[~self.held_out], self.y[~self.held_out]
@@ -190,13 +207,21 @@ def find_images(data, split):
         except (OSError, RuntimeError) as error:
             raise OSError(f"cannot download {data} into the folder data: {error}") from error
         return *zip(*pairs), getattr(pairs, "classes", [])
-    root = Path(data, split)
-    classes = sorted(folder.name for folder in root.glob("[!.]*") if folder.is_dir())
-    if not classes:
-        raise OSError(f"{root} does not exist, or has no folders: --data takes a folder of train/ "
-                      "and test/<class>/")
-    files = [(file, i) for i, name in enumerate(classes) for file in image_files(root / name)]
+    classes = class_folders(Path(data, split))
+    one_only = {*classes} ^ {*class_folders(Path(data, "test"))} if split == "train" else ()
+    if one_only:
+        raise OSError(f"{data}: train/ and test/ need the same folders, only one has {one_only}")
+    files = [(file, i) for i, name in enumerate(classes)
+             for file in image_files(Path(data, split, name))]
     return *zip(*files), classes
+
+def class_folders(path):
+    """The names of the folders below a path, sorted. Raises OSError."""
+    classes = sorted(folder.name for folder in path.glob("[!.]*") if folder.is_dir())
+    if not classes:
+        raise OSError(f"{path} does not exist, or has no folders: --data takes a folder of train/ "
+                      "and test/<class>/")
+    return classes
 
 def image_files(path):
     """Names of a file or of the image files below a folder, not hidden, sorted. Raises OSError."""
@@ -209,8 +234,9 @@ def image_files(path):
     return files
 
 def read_images(images, channels, size):
-    """PIL images or file names -> uint8 (N, channels, size, size), the centre of each. One that
-    cannot be read raises OSError: to skip it would change every n."""
+    """PIL images or file names -> uint8 (N, channels, size, size), the centre of each; channels 0:
+    1 where all are grey, otherwise 3. One that cannot be read raises OSError: to skip it would
+    change every n."""
     def read(image):
         try:
             opened = Image.open(image) if isinstance(image, str) else image
@@ -218,20 +244,23 @@ def read_images(images, channels, size):
         except Exception as error:  # damaged files fail in many ways
             raise OSError(f"{image} cannot be read: {error}") from error
     with ThreadPool() as pool:
-        return torch.from_numpy(np.stack(pool.map(read, images)))
+        x = torch.from_numpy(np.stack(pool.map(read, images)))
+    if channels == 0 and (x == x[:, :1]).all():
+        return x[:, :1].clone()
+    return x
 
 def fit_image(image, channels, size):
-    """PIL image -> uint8 (channels, size, size), the centre, without alpha. Raises ValueError."""
+    """PIL image -> uint8 (1 or 3, size, size), the centre, without alpha. Raises ValueError."""
     if image.mode[0] in "IF":
         raise ValueError(f"mode {image.mode}: save it with 8 bits a channel")
-    image = ImageOps.exif_transpose(image).convert("RGB" if channels == 3 else "L")
+    image = ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
     image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
-    return np.asarray(image).reshape(size, size, channels).transpose(2, 0, 1)
+    return np.asarray(image).reshape(size, size, -1).transpose(2, 0, 1)
 
 # --- Command line --------------------------------------------------------------------------------
 class Parser(argparse.ArgumentParser):
-    """The flags of all scripts, and one for each row of a table of settings {name: (for digits,
-    for photographs, help)}; a wrong one ends in one line."""
+    """The flags of all scripts, and one for each row of a table as SETTINGS; a wrong one ends in one
+    line."""
     def __init__(self, doc, table={}, **choices):
         super().__init__(description=doc, allow_abbrev=False,
                          formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -242,14 +271,15 @@ class Parser(argparse.ArgumentParser):
             help="[%(default)s]")
         if table:
             add("--resume", action="store_true", help="go on where the same command stopped")
-        for name, (digits, photographs, why) in table.items():
-            how = dict(type=type(digits), choices=choices.get(name))
-            if isinstance(digits, bool):
-                how = dict(action="store_true")
-            if isinstance(digits, list):
-                how |= dict(nargs="+", type=type(digits[0]))
-            add("--" + name.replace("_", "-"), help=f"{why} [digits {digits}, else {photographs}]",
-                **how)
+            add("--anew", action="store_true", help="train anew what had other settings")
+        for name, (*values, why) in table.items():
+            first = values[0]
+            how = dict(type=type(first), choices=choices.get(name))
+            if isinstance(first, bool):
+                how = dict(action=argparse.BooleanOptionalAction)
+            if isinstance(first, list):
+                how |= dict(nargs="+", type=type(first[0]))
+            add("--" + name.replace("_", "-"), help=f"{why} {[*map(str, values)]}", **how)
 
     def parse_args(self, argv=None):
         args = super().parse_args(argv)
@@ -258,8 +288,8 @@ class Parser(argparse.ArgumentParser):
             for value in np.ravel(values).tolist():  # one value or a list of them
                 if value == "":
                     self.error(f"--{name} is empty")
-                # weights, ratios and the seed may be 0; counts and rates may not
-                may_be_0 = name == "seed" or type(value) is float and "lr" not in name
+                # weights, ratios, the seed may be 0; counts and rates may not
+                may_be_0 = name in ("seed", "channels") or type(value) is float and "lr" not in name
                 if type(value) in (int, float) and not (value > 0 or value == 0 and may_be_0):
                     self.error(f"--{name} {value} is too small")
         use_device(args)
@@ -272,30 +302,45 @@ def parse(parser, argv, table, *checkpoints):
     """The command line, with every setting of the table: one that is not given comes from the run's
     checkpoints of these names, where they are there, or else from the table. Raises ValueError."""
     given = parser.parse_args(argv)
-    generator = stored_settings(given.run, "generator")
-    data = given.data or generator.get("data", "digits")
-    preset = generator.get("preset", "digits" if data == "digits" else "photographs")
-    # the first column of the table, or the second
-    parser.set_defaults(data=data, preset=preset,
-                        **{name: row[preset == "photographs"] for name, row in table.items()})
-    for checkpoint in checkpoints:
-        stored = stored_settings(given.run, checkpoint)
-        parser.set_defaults(**{name: stored[name] for name in stored if name in table})
-    return parser.parse_args(argv)
+    data = given.data or stored_settings(given.run, "generator").get("data", "digits")
+    # which of a row's values: by the data and the kind of device, never by how fast it is
+    column = 0 if data == "digits" else 1 if given.device == "cpu" else 2
+    parser.set_defaults(data=data, **{name: values[min(column, len(values) - 1)]
+                                      for name, (*values, _) in table.items()})
+    stored = {}
+    for name in checkpoints:
+        saved = stored_settings(given.run, name)
+        stored[name] = {key: saved[key] for key in saved if key in table}
+        parser.set_defaults(**stored[name])
+    args = parser.parse_args(argv)
+    for name, settings in stored.items():  # said before the images are read
+        now = {key: getattr(args, key) for key in settings}
+        refuse_changes(Path(args.run, f"{name}.pt"), settings, now, args)
+    return args
 
 def stored_settings(run, name):
     """The settings in a run's checkpoint; none where it is not there."""
     path = Path(run, f"{name}.pt")
     return load_checkpoint(path, name)["settings"] if path.exists() else {}
 
-def refuse_changes(path, stored, now):
-    """ValueError where settings differ from those in a checkpoint; its steps may grow."""
+def count_steps(name, steps, batch_size, n):
+    """steps, where they are Passes over n images: as many as those need. Says what that is."""
+    if isinstance(steps, Passes):
+        steps = max(1, round(steps * n / batch_size))
+    print(f"{name}: {steps} steps of {batch_size} images, {steps * batch_size / n:.1f} passes over "
+          f"{n} training images")
+    return steps
+
+def refuse_changes(path, stored, now, args):
+    """ValueError where settings differ from those in a checkpoint; with --anew, True. Steps may
+    grow."""
     differ = [f"{name} {stored.get(name)}, not {value}" for name, value in now.items()
               if stored.get(name) != value
               and name not in ("data", "device", "processes", "sizes")  # another machine may go on
               and not (name.endswith("steps") and value > stored.get(name, value))]
-    if differ:
-        raise ValueError(f"{path} has {'; '.join(differ)}: choose another --run, or delete it")
+    if differ and not args.anew:
+        raise ValueError(f"{path} has {'; '.join(differ)}: --anew trains it anew, over the old")
+    return bool(differ)
 
 def use_device(args):
     """ValueError for a device that does not work; under torchrun, join its processes."""
@@ -354,14 +399,14 @@ class Run:
     def __init__(self, name, args, table, data, steps, more, **stateful):
         self.path = Path(args.run, f"{name}.pt")
         self.stateful = stateful
-        settings = {k: getattr(args, k) for k in (*table, "preset", "data", "device")}
-        settings |= dict(more, classes=data.classes, channels=data.channels, n=data.n,
+        settings = {k: getattr(args, k) for k in (*table, "device")}
+        settings |= dict(more, data=data.source, classes=data.classes, channels=data.channels, n=data.n,
                          fingerprint=data.fingerprint, processes=WORLD)
-        self.state = dict(kind=name, step=0, steps=steps, settings=settings, lines=[], values={})
+        self.state = dict(kind=name, step=0, steps=steps, settings=settings, lines=[], values={},
+                          command=" ".join(["python", *sys.argv]))
         self.ours = self.path.exists()
-        if self.ours:
-            saved = load_checkpoint(self.path, name, args.device)
-            refuse_changes(self.path, saved["settings"], settings)
+        saved = load_checkpoint(self.path, name, args.device) if self.ours else None
+        if self.ours and not refuse_changes(self.path, saved["settings"], settings, args):
             done = f"{self.path} holds {saved['step']} of {steps} steps"
             if saved["step"] < steps and not args.resume:
                 raise ValueError(f"{done}: add --resume, or delete it")

@@ -1,47 +1,48 @@
 """Train C_b, the scorer (section 3.5, Figure 3), after the classifier that it protects.
 
-    python train_scorer.py                                       # digits, after train_gen.py
-    python train_scorer.py --run runs/cifar10 --mirror           # its own ResNet-18, then C_b
-    python train_scorer.py --run runs/mine --classifier mine.pt  # your classifier instead
-    python train_scorer.py --run runs/cifar10 --extra FOLDER     # then a second C_b: unlabeled data
+    python train_scorer.py                                        # digits, after train_gen.py
+    python train_scorer.py --run runs/cifar10 --net resnet18      # the paper's classifier, then C_b
+    python train_scorer.py --run runs/mine --classifier mine.pt2  # your classifier instead
+    python train_scorer.py --run runs/cifar10 --extra FOLDER      # then a second C_b: unlabeled data
 
---classifier takes another run's classifier.pt, or a TorchScript or torch.export program, images (B,
-C, S, S) in [-1, 1] to logits (B, K) in the order of the classes, for any B; evaluate.py takes it,
-too. A program can run code: use only one you trust. Writes RUN/classifier.pt and RUN/scorer.pt or
+--classifier takes another run's classifier.pt, or a torch.export or TorchScript program, images (B,
+C, S, S) in [-1, 1] to logits (B, K) in the order of the classes; evaluate.py takes it, too. A
+program can run code: use only one you trust. Writes RUN/classifier.pt and RUN/scorer.pt or
 scorer_extra.pt, each with its log beside it.
 """
 
 import hashlib
 import io
+import json
 import warnings
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from sklearn.metrics import accuracy_score, roc_auc_score
 from torch import nn
 
 from moodcat import (SCORERS, Generator, Trained, for_inference, hinge_loss,
                      load_checkpoint, load_weights, random_mask)
-from train_gen import (LOG_EVERY, Parser, Run, Split, adam, averaged, image_files, image_hashes,
-                       random_batch, read_images, run_script, seed_step, parse, to_float)
+from train_gen import (LOG_EVERY, Parser, Passes, Run, Split, adam, averaged, count_steps,
+                       image_files, image_hashes, parse, random_batch, read_images, run_script,
+                       seed_step, to_float)
 
-SCORER = dict(  # each is a flag, and stands in the checkpoint and in results.json
-    #                 digits           photographs         the paper; why not here
-    lr=              (1e-3,            1e-3,               "paper 5e-5; falls to 0 along a line"),
-    batch_size=      (32,              96,                 "paper 96"),
-    steps=           (500,             40_000,             "paper: not said"),
-    ch=              (8,               32,                 "paper 32; C_b's channel multiplier"),
-    mirror=          (False,           False,              "mirror images: not for text, signs"),
-    bf16=            (False,           False,              "nets in bfloat16"),
-    seed=            (0,               0,                  "of all random numbers"))
+# rows as those of train_gen.SETTINGS
+SCORER = dict(  #                                        the paper; why not here
+    lr=        (1e-3,                                   "paper 5e-5; falls to 0 along a line"),
+    batch_size=(32, 32, 96,                             "paper 96"),
+    steps=     (500, Passes(10), Passes(80),            "paper: not said"),
+    ch=        (8, 8, 32,                               "paper 32; C_b's channel multiplier"),
+    mirror=    (False, True,                            "mirror images: not for text, signs"),
+    bf16=      (False,                                  "nets in bfloat16"),
+    seed=      (0,                                      "of all random numbers"))
 CLASSIFIER = dict(
-    net=             ("conv",          "resnet18",         "paper resnet18; conv is a small one"),
-    widths=          ([8, 16, 32, 64], [24, 64, 256, 256], "of the net conv"),
-    classifier_lr=   (0.1,             0.4,                "the highest; up, then down to 0"),
-    classifier_batch=(64,              512,                "paper: not said"),
-    classifier_steps=(300,             8_500,              "paper: not said"),
-    smoothing=       (0.1,             0.1,                "paper 0; of the classifier's labels"))
+    net=                  ("conv",                      "paper resnet18; conv is a small one"),
+    widths=               ([8, 16, 32, 64], [24, 32, 64, 128], [24, 64, 256, 256], "of the conv"),
+    classifier_lr=        (0.1, 0.1, 0.4,               "the highest; up, then down to 0"),
+    classifier_batch_size=(64, 64, 512,                 "paper: not said"),
+    classifier_steps=     (300, Passes(20), Passes(100), "paper: not said"),
+    smoothing=            (0.1, 0.0,                    "paper 0; of the classifier's labels"))
 
 # --- Figure 3 ------------------------------------------------------------------------------------
 def train_step(C_b, G, opt, right, wrong, bf16=False):
@@ -100,37 +101,44 @@ def main(argv=None):
 
     # the net to train, and every flag that is not given; the classifier's, where it is trained here
     args = parser.parse_args(argv)
-    row = SCORERS["cb_extra" if args.extra else args.scorer]
+    name = "cb_extra" if args.extra else args.scorer
+    row = SCORERS[name]
     own_classifier = not (args.classifier or args.extra)
     args = parse(parser, argv, {**SCORER, **CLASSIFIER}, row.checkpoint,
                  *["classifier"] * own_classifier)
 
-    # the run's generator, its data, and its masks
-    G, generator, data = load_generator(args)
-    args.mask = generator["settings"]["mask"]
-    args.mask_ratio = generator["settings"]["mask_ratio"]
-    K = len(data.classes)
+    # the run's generator, its masks, and its data; before images are read, what may be wrong
+    G, generator = load_generator(args.run, args.device)
+    settings = generator["settings"]
+    args.mask = settings["mask"]
+    args.mask_ratio = settings["mask_ratio"]
+    if not own_classifier:
+        classifier, _, _ = load_classifier(args.run, args.classifier, args.device,
+                                           settings["classes"])
+    extra = image_files(args.extra) if args.extra else []
+    data = training_split(args, generator)
+    args.steps = count_steps(row.checkpoint, args.steps, args.batch_size, data.n)
 
     # the classifier under protection
     if own_classifier:
+        args.classifier_steps = count_steps("classifier", args.classifier_steps,
+                                            args.classifier_batch_size, data.n)
         classifier = train_classifier(args, data)
-    else:
-        classifier, _, _ = load_classifier(args.run, args.classifier, args.device, data.classes)
     x, y = data.held_out_images()
-    accuracy = (predict(classifier, x, K).argmax(1) == y).float().mean()
+    accuracy = (predict(classifier, x, len(data.classes)).argmax(1) == y).float().mean()
     print(f"classifier: held-out accuracy {accuracy:.4f}")
 
     # C_b, the scorer
     more = dict(generator=generator["id"])
     unlabeled = None
     if args.extra:
-        u = read_images(image_files(args.extra), *data.x.shape[1:3]).to(args.device)
-        unlabeled = u, predict(classifier, u, K).argmax(1)
+        u = read_images(extra, *data.x.shape[1:3]).to(args.device)
+        unlabeled = u, predict(classifier, u, len(data.classes)).argmax(1)
         more.update(extra=args.extra, extra_hashes=image_hashes(u).tolist())
     run = train_scorer(args, row, G, data, unlabeled, **more)
-    print("C_b: held-out accuracy {val_accuracy:.3f}, AUROC {val_auroc:.3f}".format(
-        **run.state["values"]))
-    weaknesses(accuracy, K, {"generator": generator, row.checkpoint: run.state})
+    print(f"C_b: held-out AUROC {run.state['values']['val_auroc']:.3f}")
+    for line in weaknesses(args, accuracy, {"generator": generator, name: run.state}):
+        print("warning:", line)
 
 # --- Below: what serves them. The method is above. -----------------------------------------------
 def right_and_wrong(x_all, y_all, n, num_classes, args):
@@ -148,8 +156,9 @@ def mismatched(y, num_classes):
 
 @torch.no_grad()
 def validate(C_b, G, x, y, args):
-    """C_b's accuracy and AUROC between right and mismatched labels on up to 1,000 of the uint8
+    """C_b's AUROC between right and mismatched labels on up to 1,000 of the uint8
     images x (N, C, S, S), with the same masks and labels every time."""
+    from sklearn.metrics import roc_auc_score  # takes a second
     every = len(x) // 1000 + 1
     x = to_float(x[::every])
     y = y[::every]
@@ -159,41 +168,65 @@ def validate(C_b, G, x, y, args):
     scores = torch.cat([C_b(x, G(x_m, label)[0], label).cpu() for label in (y, wrong)])
     C_b.train()
     right = torch.arange(len(scores)) < len(y)
-    return dict(val_accuracy=accuracy_score(right, scores > 0),
-                val_auroc=roc_auc_score(right, scores))
+    return dict(val_auroc=roc_auc_score(right, scores))
 
-def weaknesses(accuracy, num_classes, trained):
-    """Print and return why not to trust a detector, in lines: from the classifier's held-out
-    accuracy, and {name: checkpoint} of what was trained."""
+def weaknesses(args, accuracy, trained):
+    """Why not to trust a detector and what to do, in lines: from the classifier's held-out accuracy
+    and {"generator" or a row of SCORERS: checkpoint}."""
     lines = []
-    if accuracy < (1 + 1 / num_classes) / 2:
-        lines.append(f"the classifier is right on {accuracy:.0%} held out: does it take [-1, 1]?")
+    classes = trained["generator"]["settings"]["classes"]
+    chance = 1 / len(classes)
+    right = f"the classifier is right on {accuracy:.1%} of the held-out images"
+    if args.classifier and accuracy < 1.5 * chance:
+        lines.append(f"{right}, chance is {chance:.1%}: are its classes in this order? {classes}")
+    elif accuracy < (1 + chance) / 2:
+        lines.append(f"{right}: " + ("does it normalise images in [-1, 1] itself?" if args.classifier
+                                     else "give it more --classifier-steps"))
+    elif args.classifier and accuracy > 0.99:
+        lines.append(f"{right}: if they trained it, the threshold is too strict for new images; "
+                     "evaluate.py --calibrate FOLDER takes some that it has not seen")
     for name, saved in trained.items():
+        steps = saved["steps"]
         passes = saved["step"] * saved["settings"]["batch_size"] / saved["settings"]["n"]
-        auroc = saved["values"].get("val_auroc", 1)
-        if saved["step"] < saved["steps"] or passes < 1:
-            lines.append(f"{name} was not trained to its end: {passes:.2f} passes over the data")
-        if auroc < 0.6:
-            lines.append(f"{name} hardly tells right from mismatched labels: AUROC {auroc:.2f}")
-    for line in lines:
-        print("warning:", line)
+        curve = [json.loads(line).get("val_auroc") for line in saved["lines"]]
+        before, auroc = [1, 1, *filter(None, curve)][-2:]  # of held-out pairs
+        why = ""
+        if saved["step"] < steps:
+            why = f"stopped at step {saved['step']} of {steps}"
+        elif passes < 3:
+            why = f"was trained for {passes:.1f} passes over its images"
+        elif auroc < 0.6:
+            why = f"hardly tells right from mismatched labels, held-out AUROC {auroc:.2f}"
+        elif auroc > before + 0.01:
+            why = f"still improves, held-out AUROC {before:.3f}, then {auroc:.3f}"
+        if why:
+            more = steps if saved["step"] < steps else 2 * steps
+            lines.append(f"{name} {why}; to go on: {saved['command']} --resume --steps {more}")
     return lines
 
-def load_generator(args):
-    """RUN/generator.pt -> G for inference, its checkpoint with its id, and its training split.
-    --data may say where the data are now. Raises OSError or ValueError."""
-    path = Path(args.run, "generator.pt")
-    saved = load_checkpoint(path, "generator", args.device)
-    settings = saved["settings"]
-    args.data = args.data or settings["data"]
-    data = Split(args.data, "train", settings["classes"], settings["image_size"], args.device)
-    if data.fingerprint != settings["fingerprint"]:
-        raise ValueError("these training images are not those that the generator was trained on: "
-                         "restore them, or train with another --run")
-    G = Generator(**settings["sizes"])
+def load_generator(run, device):
+    """RUN/generator.pt -> G for inference, and its checkpoint with its id. Raises OSError or
+    ValueError."""
+    path = Path(run, "generator.pt")
+    saved = load_checkpoint(path, "generator", device)
+    G = Generator(**saved["settings"]["sizes"])
     load_weights(G, saved["generator"], path)
     saved["id"] = fingerprint(saved["generator"])
-    return for_inference(G.to(args.device)), saved, data
+    return for_inference(G.to(device)), saved
+
+def training_split(args, generator):
+    """The images that the generator of this checkpoint was trained on; --data may say where they
+    are now. Raises OSError or ValueError."""
+    settings = generator["settings"]
+    data = args.data or settings["data"]
+    if data != settings["data"] and "digits" in (data, settings["data"]):
+        raise ValueError(f"{args.run} holds {settings['data']}: name the run of {data} with --run")
+    split = Split(data, "train", settings["classes"], settings["image_size"], args.device,
+                  settings["channels"])
+    if split.fingerprint != settings["fingerprint"]:
+        raise ValueError(f"the training images of {data} are not those that {args.run} began with: "
+                         "restore them, or train a generator with another --run")
+    return split
 
 # --- The classifier under protection -------------------------------------------------------------
 def make_classifier(net, widths, num_classes, channels):
@@ -243,7 +276,7 @@ def train_classifier(args, data):
         seed_step(args.seed, step)
         done = (step + 0.5) / steps  # the rate goes up for a quarter of them, then down to 0
         opt.param_groups[0]["lr"] = args.classifier_lr * min(done / 0.25, (1 - done) / 0.75)
-        x, y = random_batch(x_all, y_all, args.classifier_batch)
+        x, y = random_batch(x_all, y_all, args.classifier_batch_size)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=args.bf16):
             logits = net(augment(x, args.mirror))
         loss = F.cross_entropy(logits.float(), y, label_smoothing=args.smoothing)
@@ -275,16 +308,26 @@ def load_classifier(run, file, device, expected=None):
     return for_inference(net.to(device)), fingerprint(saved["classifier"]), classes
 
 def load_program(path, content, device):
-    """A TorchScript or torch.export file of this content -> a callable. Raises ValueError."""
+    """A torch.export or TorchScript file of this content -> a callable. Raises ValueError."""
     warnings.filterwarnings("ignore", "`torch.jit")  # it announces its retirement
     try:
-        if b"archive_format" in content or b"exported_program" in content:
-            from torch.export.passes import move_to_device_pass
-            return move_to_device_pass(torch.export.load(io.BytesIO(content)), device).module()
-        return torch.jit.load(path, map_location=device).eval()
+        if b"archive_format" not in content and b"exported_program" not in content:
+            return torch.jit.load(path, map_location=device).eval()
+        from torch.export.passes import move_to_device_pass
+        program = move_to_device_pass(torch.export.load(io.BytesIO(content)), device)
+        first = program.graph_signature.user_inputs[0]
+        [images] = [node.meta["val"] for node in program.graph.nodes if node.name == first]
+        return in_batches(program.module(), images.shape[0])
     except Exception as error:  # each loader fails in its own ways
-        raise ValueError("--classifier is neither a checkpoint nor a program: make one with "
-                         "torch.jit.trace(model.eval(), example).save(FILE)") from error
+        raise ValueError(f"{path} is neither a checkpoint nor a program: write one with "
+                         "torch.export, as in README") from error
+
+def in_batches(program, n):
+    """A program -> a callable for any batch, also where it is for n images at a time only."""
+    def classify(x):
+        padded = torch.cat([x, x[:1].expand(-len(x) % n, -1, -1, -1)])
+        return torch.cat([program(part) for part in padded.split(n)])[:len(x)]
+    return classify if isinstance(n, int) else program
 
 def fingerprint(content):
     """16 hexadecimal digits that tell one program's bytes, or one net's weights, from another's."""

@@ -50,7 +50,7 @@ def training_lines(x, y, frozen, bf16, ch):
     generator that C_b's training has."""
     settings = Namespace(bf16=bf16)
     for name in ("adv", "l1", "l2", "ssim", "kl"):
-        _, photographs, _ = train_gen.SETTINGS[name]
+        *_, photographs, _ = train_gen.SETTINGS[name]
         setattr(settings, name, photographs)
     G = Generator(10, ch)
     D = UNetDiscriminator(10, ch)

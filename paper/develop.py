@@ -10,7 +10,6 @@ Writes these and how x' follows x and y into RUN/develop.json, which `python -m 
 --file develop.json` reads, too.
 """
 
-import copy
 import math
 from pathlib import Path
 
@@ -59,9 +58,8 @@ def odd_half(s):
 
 def develop(args, wanted):
     """Score one run, write its develop.json."""
-    args = copy.copy(args)  # loading a run writes its data's name there
     run = TrainedRun(args)
-    rows = unknown_rows(args.data, run.classes, wanted).to(args.device)
+    rows = unknown_rows(run.data.source, run.classes, wanted).to(args.device)
     x = run.data.unknown[rows]
     truth = torch.full_like(rows, -1)
     detector, scored, held_out = score_run(run, {"unknown": (x, truth, rows)}, args.masks)

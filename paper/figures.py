@@ -32,9 +32,10 @@ def load(args):
     classifier, _, _ = load_classifier(args.run, args.classifier, args.device)
     detector = MoodCat.load(Path(args.run, "detector.pt"), args.device, classifier)
     classes = detector.calibration["notes"]["classes"]
-    size = detector.generator.settings["image_size"]
+    settings = detector.generator.settings
     data = args.data or stored_settings(args.run, "generator").get("data", "digits")
-    test = Split(data, "test", classes, size, args.device)
+    test = Split(data, "test", classes, settings["image_size"], args.device,
+                 settings["channels"])
     if not len(test.unknown):
         raise ValueError(f"{data} has no test image of an unknown class: this figure needs some")
     _, labels, names = find_images(data, "test")

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 
 from evaluate import TrainedRun, format_table, gather_sets, provenance, score_set, write_json
-from moodcat import SCORERS, ImageMask, MoodCat, for_inference, joint_scores, ssim
+from moodcat import (SCORERS, ImageMask, MoodCat, for_inference, joint_scores, load_checkpoint,
+                     ssim)
 from paper.common import all_tables, settings_of
 from train_gen import Parser, parse, run_script, to_float
 from train_scorer import SCORER, load_classifier, train_scorer
@@ -69,8 +70,9 @@ def read_flags(argv):
     add = parser.add_argument
     add("--ood", nargs="+", default=[], metavar="SET", help="as evaluate.py's")
     add("--verifier", metavar="RUN", help="the run of a second classifier of the same classes")
-    parser.set_defaults(scorers=["cb"], classifier=None)  # for TrainedRun
-    return parse(parser, argv, SCORER, "scorer")
+    parser.set_defaults(scorers=["cb"], classifier=None, calibrate=None)  # for TrainedRun
+    c_b = load_checkpoint(Path(parser.parse_args(argv).run, "scorer.pt"), "scorer")["settings"]
+    return parse(parser, argv, {name: (c_b[name], row[-1]) for name, row in SCORER.items()})
 
 def main(argv=None):
     """Train what is not trained, score the run's sets with each, print and write the tables."""

@@ -415,8 +415,9 @@ def test_the_shipped_detector_judges_as_measured(runs, tmp_path, capsys):
 
 def test_stand_ins_show_what_they_say_and_a_verifier_scores_labels(runs, tmp_path):
     run = shutil.copytree(runs / "a-0", tmp_path / "run")
-    G, _, data = train_scorer.load_generator(
-        evaluate.make_parser("").parse_args(["--run", str(run)]))
+    G, saved = train_scorer.load_generator(run, "cpu")
+    args = evaluate.make_parser("").parse_args(["--run", str(run), "--device", "cpu"])
+    data = train_scorer.training_split(args, saved)
     made = limits.stand_ins(G, limits.class_means(data))
     x, y = train_gen.to_float(data.x[:8]), data.y[:8]
     zeros = made["class mean"](x, y)[0][y == 0]

@@ -23,9 +23,9 @@ import torch.nn.functional as F
 
 from evaluate import Scored, tabulate
 from related.common import choose_sets, report
-from train_gen import (Parser, Run, Split, averaged, parse, random_batch, run_script, seed_step,
+from train_gen import (Parser, Run, averaged, parse, random_batch, run_script, seed_step,
                        to_float)
-from train_scorer import augment, fingerprint, load_generator
+from train_scorer import augment, fingerprint, load_generator, training_split
 
 # Minutes on a core; chosen on the digits' development splits (results/DEVELOPMENT.md), those of
 # photographs are untried. Each is a flag, and stands in the checkpoints and in mood.json.
@@ -157,7 +157,8 @@ def read_flags(argv):
     add("--dev", nargs="+", default=[], metavar="CLASS", help="known classes to take for unknown")
     args = parse(parser, argv, table)
     torch.backends.cuda.enable_flash_sdp(args.device != "cpu")  # its backward is slow on a CPU
-    _, generator, data = load_generator(args)
+    _, generator = load_generator(args.run, args.device)
+    data = training_split(args, generator)
     unknown = None
     if args.dev:
         data, unknown = without(args, data)
@@ -174,7 +175,7 @@ def without(args, data):
         raise ValueError(f"--dev, without --ood, must leave two of {', '.join(data.classes)}")
     taken = torch.tensor([name in args.dev for name in data.classes], device=args.device)
     x, y = data.held_out_images()
-    return Split(args.data, "train", rest, data.x.shape[2], args.device), x[taken[y]]
+    return data.other("train", rest), x[taken[y]]
 
 # --- The stages of Table 4 -----------------------------------------------------------------------
 def train_stages(args, data):

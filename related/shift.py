@@ -34,8 +34,9 @@ import torch.nn.functional as F
 from evaluate import Scored, odin, tabulate
 from moodcat import concatenated, random_mask
 from related.common import choose_sets, report
-from train_gen import Parser, Run, Split, parse, random_batch, run_script, seed_step, to_float
-from train_scorer import augment, load_classifier, load_generator, mismatched, predict
+from train_gen import Parser, Run, parse, random_batch, run_script, seed_step, to_float
+from train_scorer import (augment, load_classifier, load_generator, mismatched, predict,
+                          training_split)
 
 # On the digits' development splits no other setting passed (results/DEVELOPMENT.md); those of
 # photographs are untried. Each is a flag, and stands in the checkpoints and in shift.json.
@@ -174,7 +175,8 @@ def read_flags(argv):
     add("--dev", nargs="+", metavar="CLASS", help="unknown classes, two at least")
     add("--classifier", metavar="FILE", help="the program in place of RUN/classifier.pt")
     args = parse(parser, argv, table)
-    G, saved, data = load_generator(args)
+    G, saved = load_generator(args.run, args.device)
+    data = training_split(args, saved)
     net, its_id, _ = load_classifier(args.run, args.classifier, args.device, data.classes)
 
     # what does not work is noticed before anything is made
@@ -191,7 +193,7 @@ def read_flags(argv):
     maps(net, to_float(data.x[:1]))
     unknown = None
     if args.dev:
-        unknown = Split(args.data, "train", args.dev, data.x.shape[2], args.device).x
+        unknown = data.other("train", args.dev).x
     sets = choose_sets(args, data, unknown)
 
     x, y = data.training_images()

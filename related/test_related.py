@@ -30,6 +30,7 @@ VIEW = "y = C(x)"
 def split_of(x, y, classes):
     """A training split without held-out images."""
     return SimpleNamespace(x=x, y=y, classes=classes, channels=1, n=len(x), fingerprint="none",
+                           source="none",
                            training_images=lambda: (x, y))
 
 DATA = split_of(X, Y, ["a", "b"])
@@ -37,7 +38,7 @@ DATA = split_of(X, Y, ["a", "b"])
 def defaults(run, tables, resume=False, **changed):
     """The command line of a script with these tables of settings, for the digits."""
     args = {name: row[0] for table in tables for name, row in table.items()}
-    args.update(changed, run=str(run), resume=resume, preset="digits", data="none", device="cpu")
+    args.update(changed, run=str(run), resume=resume, anew=False, device="cpu")
     return SimpleNamespace(**args)
 
 def mood_arguments(run, resume=False, **changed):
@@ -281,13 +282,13 @@ def test_mood_end_to_end_and_bad_input(run, capsys, monkeypatch):
     for words in (["--dev", "0", "1", "2", "3", "4"], ["--dev", "4", "--ood", "svhn"]):
         with pytest.raises(ValueError, match="must leave two"):
             mood.main([*few, *words])
-    def short(args):  # one training image of class 0
-        G, generator, data = load_generator(args)
+    def short(args, generator):  # one training image of class 0
+        data = training_split(args, generator)
         data.held_out |= (data.y == 0) & (torch.arange(len(data.y)) > data.y.tolist().index(0))
-        return G, generator, data
-    load_generator = mood.load_generator
+        return data
+    training_split = mood.training_split
     with monkeypatch.context() as patch, pytest.raises(ValueError, match="two training images"):
-        patch.setattr(mood, "load_generator", short)
+        patch.setattr(mood, "training_split", short)
         mood.main([*few])
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(OSError, match="pip install timm"):
