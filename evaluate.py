@@ -53,7 +53,8 @@ def evaluate(args, out):
     calibrate(detector, run, reference)
     detector.save(out / "detector.pt")
     if len(sets) == 1:
-        return print("the detector is calibrated; for numbers, name OOD sets after --ood")
+        print("the detector is calibrated; for numbers, name OOD sets after --ood")
+        return warn(detector)
 
     # 2. Score every set twice: under the prediction, and under a label that is given.
     scored = {}
@@ -282,8 +283,8 @@ def report(out, run, detector, scored, tables):
     for (name, labels), s in scored.items():
         if labels == "C(x)":
             n[name] = len(s.truth)
-            rejected = detector.rejects({detector.rule: s.scores[joint]})
-            flagged[name] = rejected.double().mean().item()
+            rejected = detector.rejects({detector.rule: s.scores[joint]}).double()
+            flagged[name] = rejected.mean().item()
     settings = {name: saved["settings"] for name, saved in run.trained.items()}
     settings["classifier"] = getattr(run.classifier, "settings", None)
     write_json(out / "results.json", dict(
@@ -295,6 +296,10 @@ def report(out, run, detector, scored, tables):
     print(f"\nFlagged as OOD by {joint}, its threshold from held-out images:",
           *(f"{name} {share:.1%}" for name, share in flagged.items()))
     print(judgement(tables["y = C(x)"], joint))
+    warn(detector)
+
+def warn(detector):
+    """Print what the detector's calibration noted."""
     for line in detector.calibration["notes"]["warnings"]:
         print("warning:", line)
 
@@ -364,8 +369,7 @@ def judge_images(args):
         file = Path(args.run, name)
         if file.exists() and fingerprint(file.read_bytes()) != id:
             print(f"warning: {file} is newer than the detector: run evaluate.py again")
-    for line in notes["warnings"]:
-        print("warning:", line)
+    warn(detector)
 
     # the pictures, each on its own: one that cannot be read is a line, too
     settings = detector.generator.settings

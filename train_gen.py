@@ -6,7 +6,8 @@
     python train_gen.py --run runs/mine --resume           # after an interruption
     torchrun --nproc_per_node=4 -- train_gen.py ...        # one process for each of 4 GPUs
 
-Writes RUN/generator.pt and its log RUN/generator.jsonl.
+Writes RUN/generator.pt and its log RUN/generator.jsonl. Flags have their values in brackets: those
+for the digits, for photographs on a CPU, on a GPU, or fewer where these agree.
 """
 
 import argparse
@@ -30,8 +31,8 @@ from moodcat import (MASKS, Generator, UNetDiscriminator, discriminator_loss, ge
 
 class Passes(float):
     """A number of steps, as passes over the training images."""
-    def __str__(self):
-        return f"{float(self):g} passes"
+    def __repr__(self):
+        return f"{self:g} passes"
 
 # Each row is a flag, --lr-g 5e-4, and stands in the checkpoint and in results.json. The values: one
 # for all; or for digits, for photographs; or for digits, for photographs on a CPU, on a GPU.
@@ -88,7 +89,7 @@ def train_step(G, D, opt_g, opt_d, x, x_m, y, s):
 
 def main(argv=None):
     """Train E, D and D^Unet into RUN/generator.pt."""
-    parser = Parser(__doc__, SETTINGS, mask=MASKS, channels=[0, 1, 3])
+    parser = Parser(__doc__, SETTINGS, mask=MASKS)
     args = parse(parser, argv, SETTINGS, "generator")
     data = Split(args.data, "train", args.known_classes, args.image_size, args.device,
                  args.channels)
@@ -208,9 +209,8 @@ def find_images(data, split):
             raise OSError(f"cannot download {data} into the folder data: {error}") from error
         return *zip(*pairs), getattr(pairs, "classes", [])
     classes = class_folders(Path(data, split))
-    one_only = {*classes} ^ {*class_folders(Path(data, "test"))} if split == "train" else ()
-    if one_only:
-        raise OSError(f"{data}: train/ and test/ need the same folders, only one has {one_only}")
+    if split == "train" and classes != class_folders(Path(data, "test")):
+        raise OSError(f"{data}/train and {data}/test must have folders of the same names")
     files = [(file, i) for i, name in enumerate(classes)
              for file in image_files(Path(data, split, name))]
     return *zip(*files), classes
@@ -279,7 +279,7 @@ class Parser(argparse.ArgumentParser):
                 how = dict(action=argparse.BooleanOptionalAction)
             if isinstance(first, list):
                 how |= dict(nargs="+", type=type(first[0]))
-            add("--" + name.replace("_", "-"), help=f"{why} {[*map(str, values)]}", **how)
+            add("--" + name.replace("_", "-"), help=f"{why} {values}", **how)
 
     def parse_args(self, argv=None):
         args = super().parse_args(argv)

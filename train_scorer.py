@@ -115,7 +115,13 @@ def main(argv=None):
     if not own_classifier:
         classifier, _, _ = load_classifier(args.run, args.classifier, args.device,
                                            settings["classes"])
-    extra = image_files(args.extra) if args.extra else []
+    more = dict(generator=generator["id"])
+    unlabeled = None
+    if args.extra:
+        u = read_images(image_files(args.extra), settings["channels"], settings["image_size"])
+        u = u.to(args.device)
+        unlabeled = u, predict(classifier, u, len(settings["classes"])).argmax(1)
+        more.update(extra=args.extra, extra_hashes=image_hashes(u).tolist())
     data = training_split(args, generator)
     args.steps = count_steps(row.checkpoint, args.steps, args.batch_size, data.n)
 
@@ -129,12 +135,6 @@ def main(argv=None):
     print(f"classifier: held-out accuracy {accuracy:.4f}")
 
     # C_b, the scorer
-    more = dict(generator=generator["id"])
-    unlabeled = None
-    if args.extra:
-        u = read_images(extra, *data.x.shape[1:3]).to(args.device)
-        unlabeled = u, predict(classifier, u, len(data.classes)).argmax(1)
-        more.update(extra=args.extra, extra_hashes=image_hashes(u).tolist())
     run = train_scorer(args, row, G, data, unlabeled, **more)
     print(f"C_b: held-out AUROC {run.state['values']['val_auroc']:.3f}")
     for line in weaknesses(args, accuracy, {"generator": generator, name: run.state}):
