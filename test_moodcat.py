@@ -1245,6 +1245,11 @@ def test_steps_follow_passes_and_the_kind_of_device(folder, tmp_path, monkeypatc
     steps = load(tmp_path / "new", "generator")["settings"]["steps"]
     assert first == f"generator: {steps} steps of 32 images, 6.0 passes over 90 training images"
     assert steps == 17 and type(steps) is int
+    monkeypatch.setattr(train_gen, "use_device", lambda args: None)
+    argv = ["--run", str(tmp_path / "new"), "--device", "cuda"]  # it goes on elsewhere
+    args = train_gen.parse(train_gen.Parser("", train_gen.SETTINGS), argv, train_gen.SETTINGS,
+                           "generator")
+    assert (args.steps, args.batch_size, args.ch, args.image_size) == (17, 32, 2, 16)
 
 def test_grey_folders_are_grey(folder, tmp_path, capsys):
     for split, n in (("train", 41), ("test", 3)):
@@ -1746,6 +1751,7 @@ def test_mistakes_end_in_one_line(run, folder, tmp_path):
     assert "needs 40" in complaint(gen, *new, *data)
     for words, main, argv in (
             ("multiple of 8", gen, [*new, "--image-size", 30]),
+            ("invalid choice: 2", gen, [*new, "--channels", 2]),
             ("zebra", gen, [*new, "--known-classes", 0, "zebra"]),
             ("--steps 0 is too small", gen, [*new, "--steps", 0]),
             ("--kl -1.0 is too small", gen, [*new, "--kl", -1]),

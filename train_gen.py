@@ -89,7 +89,7 @@ def train_step(G, D, opt_g, opt_d, x, x_m, y, s):
 
 def main(argv=None):
     """Train E, D and D^Unet into RUN/generator.pt."""
-    parser = Parser(__doc__, SETTINGS, mask=MASKS)
+    parser = Parser(__doc__, SETTINGS, mask=MASKS, channels=[0, 1, 3])
     args = parse(parser, argv, SETTINGS, "generator")
     data = Split(args.data, "train", args.known_classes, args.image_size, args.device,
                  args.channels)

@@ -118,8 +118,8 @@ def main(argv=None):
     more = dict(generator=generator["id"])
     unlabeled = None
     if args.extra:
-        u = read_images(image_files(args.extra), settings["channels"], settings["image_size"])
-        u = u.to(args.device)
+        u = read_images(image_files(args.extra), settings["channels"],
+                        settings["image_size"]).to(args.device)
         unlabeled = u, predict(classifier, u, len(settings["classes"])).argmax(1)
         more.update(extra=args.extra, extra_hashes=image_hashes(u).tolist())
     data = training_split(args, generator)
