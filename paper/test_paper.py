@@ -16,7 +16,8 @@ import train_gen
 import train_scorer
 from evaluate import ood_metrics
 from moodcat import MoodCat, joint_scores, load_checkpoint
-from paper import (ablate, bench, common, compare, develop, figures, limits, scood, ship, tables)
+from paper import (ablate, bench, common, compare, develop, fair, figures, limits, scood, ship,
+                   tables)
 from train_scorer import load_classifier, predict
 
 ROOT = Path(__file__).parents[1]
@@ -449,3 +450,68 @@ def test_pictures_of_digits_are_those_of_the_split(tmp_path):
     split = train_gen.Split("digits", "train", list("012345"), 16)
     hashes = train_gen.image_hashes(train_gen.read_images(files, 1, 16))
     assert np.isin(hashes, train_gen.image_hashes(split.unknown)).all()
+
+def test_distances_of_features_against_scikit_learn():
+    rng = np.random.default_rng(0)
+    train, test = torch.tensor(rng.normal(size=(900, 5))), torch.tensor(rng.normal(size=(40, 5)))
+    train[:, 4] = test[:, 4] = 3.0  # a constant feature
+    y = torch.arange(900) % 3
+    train[:, 0] += 4 * y
+    from sklearn.covariance import EmpiricalCovariance
+    centred = torch.cat([train[y == c] - train[y == c].mean(0) for c in range(3)]).numpy()
+    model = EmpiricalCovariance(assume_centered=True).fit(centred)
+    far = np.stack([model.mahalanobis((test - train[y == c].mean(0)).numpy()) for c in range(3)])
+    assert fair.mahalanobis(train, y, test).numpy() == pytest.approx(-far.min(0), rel=1e-6)
+    unit = [F.normalize(t).numpy() for t in (train, test)]
+    distances = np.sort(np.linalg.norm(unit[1][:, None] - unit[0][None], axis=2), axis=1)
+    assert fair.nearest(train, test).numpy() == pytest.approx(-distances[:, 0], abs=1e-6)
+    again = train.repeat(5, 1)  # 4,500 images: the 4th (round half to even), here of five equal
+    assert fair.nearest(again, test).numpy() == pytest.approx(-distances[:, 0], abs=1e-6)
+
+def test_gains_are_paired_and_of_auroc():
+    from sklearn.metrics import roc_auc_score
+    rng = np.random.default_rng(0)
+    a, b = rng.integers(0, 9, 300).astype(float) + 1, rng.integers(0, 9, 200).astype(float)
+    truth = np.r_[np.ones(300), np.zeros(200)]
+    assert fair.auroc(a, b) == pytest.approx(roc_auc_score(truth, np.r_[a, b]))
+    inside = dict(energy=a, same=2 * a, noise=rng.normal(size=300), better=a + 2)
+    outside = dict(energy=b, same=2 * b, noise=rng.normal(size=200), better=b)
+    found = fair.bootstrap(inside, outside)
+    assert found["same"] == found["energy"] == dict(gain=0, low=0, high=0), "not paired"
+    for method, row in found.items():
+        exact = fair.auroc(inside[method], outside[method]) - fair.auroc(a, b)
+        assert row["gain"] == pytest.approx(exact) and row["low"] <= row["gain"] <= row["high"]
+    assert found["noise"]["high"] < 0 < found["better"]["low"]
+
+@pytest.mark.parametrize("dev", [False, True])
+def test_every_method_alone_and_with_energy(runs, tmp_path, dev):
+    run = shutil.copytree(runs / "a-0", tmp_path / "run")
+    fair.main(["--run", str(run), *["--dev"] * dev])
+    saved = results(run, "fair-dev.json" if dev else "fair.json")
+    alone = {"MSP", "ODIN", "cb", "ssim", "Mahalanobis", "kNN", "min-p", "fisher"}
+    rows = saved["y = C(x)"]
+    assert rows.keys() == alone | {f"{name} with energy" for name in alone} | {"energy"}
+    split = train_gen.Split("digits", "train", list("0123"), 16)
+    if dev:  # the half of the held-out images that made no p-values, and no test image
+        assert saved["n"] == {"in-distribution": len(split.held_out_images()[1]) // 2,
+                              "unknown": len(split.unknown)}
+        return
+    assert rows["cb"] == results(run)["y = C(x)"]["cb"]
+    scores = common.read_scores(run)
+    held_out = scores["held-out", "C(x)"].scores
+    pairs = [scores[name, "C(x)"].scores for name in ("in-distribution", "unknown")]
+    reference = {name: held_out[name][::2] for name in ("cb", "energy")}
+    joint = [joint_scores(s, reference)["fisher"] for s in pairs]
+    assert rows["cb with energy"]["unknown"]["auroc"] == pytest.approx(
+        ood_metrics(*joint)["auroc"], abs=1e-4)
+    gain = saved["gains"]["unknown"]["cb"]["gain"]
+    assert gain == pytest.approx(
+        rows["cb"]["unknown"]["auroc"] - rows["energy"]["unknown"]["auroc"], abs=1e-6)
+    # the features are what the last layer takes; a program shows none
+    classifier, _, _ = load_classifier(run, None, "cpu")
+    x = train_gen.to_float(split.x[:9])
+    assert torch.allclose(fair.features(classifier, split.x[:9]), classifier[:-1](x).double(), atol=1e-5)
+    assert fair.features(lambda x: x, split.x[:9]) is None
+    torch.jit.script(classifier).save(str(tmp_path / "own.pt"))
+    fair.main(["--run", str(run), "--classifier", str(tmp_path / "own.pt")])
+    assert "kNN" not in results(run, "fair.json")["y = C(x)"]
