@@ -1265,6 +1265,10 @@ def test_grey_folders_are_grey(folder, tmp_path, capsys):
         start(train_gen.main, "--run", tmp_path / name)  # they stay so
         start(train_scorer.main, "--run", tmp_path / name, "--steps", 1, "--classifier-steps", 1)
         start(evaluate.main, "--run", tmp_path / name, "--ood", folder / "ood")  # colour pictures
+    capsys.readouterr()
+    start(evaluate.main, "--run", tmp_path / "grey")  # nothing is OOD
+    said = capsys.readouterr().out
+    assert "for numbers, name OOD sets" in said and "warning: generator was trained for" in said
     one = image_files(folder / "train" / "1")[:1]
     assert read_images(one, 0, 16).shape[1] == 3 and read_images(one, 1, 16).shape[1] == 1
 
