@@ -2,7 +2,7 @@
 
     python -m paper.fair --run runs/digits                          # writes RUN/fair.json
     python -m paper.fair --run runs/cifar10 --ood cifar100 --scorers cb ssim lpips-squeeze energy
-    python -m paper.fair --run runs/cifar10 --dev                   # chooses; no test image
+    python -m paper.fair --run runs/cifar10 --dev [CLASS ...]       # chooses; no test image
 
 What is joined with energy is joined as the detector joins its scorers, by Fisher's method. Against
 energy alone each row has a paired bootstrap over the images: the gain in AUROC, 2.5% and 97.5%.
@@ -21,6 +21,7 @@ from evaluate import (TrainedRun, format_table, gather_sets, make_parser, proven
                       write_json)
 from moodcat import RULES, joint_scores
 from paper.common import all_tables, score_run, settings_of
+from paper.develop import unknown_rows
 from train_gen import run_script, to_float
 
 RESAMPLES = 1000
@@ -114,25 +115,25 @@ def bootstrap(inside, outside, seed=0):
     return found
 
 # --- What is compared ----------------------------------------------------------------------------
-def development_sets(run):
+def development_sets(run, classes):
     """{set: (images, labels, names)} without a test image: the odd half of the held-out images, for
-    the even half makes p-values, and training images of unknown classes. Raises ValueError."""
-    if not len(run.data.unknown):
-        raise ValueError("no training image of an unknown class: train with fewer --known-classes")
+    the even half makes p-values, and training images of these unknown classes, [] = all. Raises
+    ValueError."""
     x, y, names = run.held_out
-    unknown = run.data.unknown
-    nobody = torch.full((len(unknown),), -1, device=unknown.device)
+    rows = unknown_rows(run.data.source, run.classes, classes or None)
+    nobody = torch.full((len(rows),), -1, device=x.device)
     return {"in-distribution": (x[1::2], y[1::2], names[1::2]),
-            "unknown": (unknown, nobody, run.data.unknown_names)}
+            "unknown": (run.data.unknown[rows.to(x.device)], nobody, rows.tolist())}
 
 def main(argv=None):
     """Score the run, write RUN/fair.json or RUN/fair-dev.json, print the table."""
     parser = make_parser(__doc__)
     parser.add_argument("--ood", nargs="+", default=[], metavar="SET", help="as evaluate.py's")
-    parser.add_argument("--dev", action="store_true", help="held-out against unknown training images")
+    parser.add_argument("--dev", nargs="*", metavar="CLASS",
+                        help="held-out images against training images of unknown classes [all]")
     args = parser.parse_args(argv)
     run = TrainedRun(args)
-    sets = development_sets(run) if args.dev else gather_sets(args, run)
+    sets = gather_sets(args, run) if args.dev is None else development_sets(run, args.dev)
     if len(sets) == 1:
         raise ValueError("no image is OOD: name OOD sets after --ood")
     _, scored, held_out = score_run(run, sets, args.masks)
@@ -155,7 +156,7 @@ def main(argv=None):
         for method, row in rows.items():
             print("{:34s}{:+8.2f}{:+8.2f}{:+8.2f}".format(
                 method, *(100 * row[k] for k in ("gain", "low", "high"))))
-    name = "fair-dev.json" if args.dev else "fair.json"
+    name = "fair.json" if args.dev is None else "fair-dev.json"
     write_json(Path(args.run, name), dict(
         provenance(), settings=settings_of(run), n={k: len(x) for k, x in images.items()},
         scorers=list(run.scorers), classifier=run.classifier_id, gains=gains, **tables))
