@@ -170,7 +170,7 @@ def make_parser(doc):
     return parser
 
 class TrainedRun:
-    """What a run's trainings have left: `G` and its checkpoint `generator`, training split `data`,
+    """What a run's trainings have left, by the flags `args`: `G` and its checkpoint `generator`, training split `data`,
     `classes`, `classifier` and its id, `scorers` {name: f}, `trained` {name: checkpoint} of G and
     trained scorers, `mask`; `held_out`, images, labels and names that fix the thresholds.
     Raises OSError or ValueError."""
@@ -205,10 +205,16 @@ class TrainedRun:
     def unseen_images(self, folder):
         """Images, labels and names of --calibrate. Raises OSError or ValueError."""
         own = self.data.other("", data=folder)
-        others = torch.cat([self.data.x, self.data.other("test").x])
-        if torch.isin(image_hashes(own.x), image_hashes(others)).any():
+        others = torch.cat([self.data.hashes, self.data.other("test").hashes])
+        if torch.isin(own.hashes, others).any():
             raise ValueError(f"{folder} has images of the training or test split: use others")
         return own.x, own.y, own.names
+
+    def settings(self):
+        """The settings of all that it consists of, as results.json has them."""
+        settings = {name: saved["settings"] for name, saved in self.trained.items()}
+        settings["classifier"] = getattr(self.classifier, "settings", None)
+        return settings
 
 def gather_sets(args, run):
     """What to report on: {set: (uint8 images, labels, names)}, "in-distribution" first; label -1 =
@@ -285,10 +291,8 @@ def report(out, run, detector, scored, tables):
             n[name] = len(s.truth)
             rejected = detector.rejects({detector.rule: s.scores[joint]}).double()
             flagged[name] = rejected.mean().item()
-    settings = {name: saved["settings"] for name, saved in run.trained.items()}
-    settings["classifier"] = getattr(run.classifier, "settings", None)
     write_json(out / "results.json", dict(
-        provenance(), settings=settings, n=n, flagged=flagged, tpr=TPR,
+        provenance(), settings=run.settings(), n=n, flagged=flagged, tpr=TPR,
         classifier=run.classifier_id, scorers=list(detector.scorers), mask=run.mask.settings,
         masks=detector.masks, rule=detector.rule, **tables))
     for protocol, table in tables.items():

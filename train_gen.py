@@ -123,18 +123,18 @@ TORCHVISION = "cifar10", "cifar100", "svhn", "dtd"  # it puts them into the fold
 
 class Split:
     """A split of a data set: images `x` uint8 (N, C, S, S), labels `y` (N,) into `classes`,
-    `held_out` (N,), True where an image trains nothing (n do), `names`; `unknown` (M, C, S, S),
+    `held_out` (N,), True where an image trains nothing (n do), `hashes`, `names`; `unknown` (M, C, S, S),
     images of other classes than the known ones, `unknown_names`. channels: 1, 3, or 0, then grey
     images have 1. Raises OSError, ValueError."""
     def __init__(self, data, split, known=None, size=32, device="cpu", channels=0):
         self.source = data
-        images, labels, self.all_classes = find_images(data, split)
-        known = known or self.all_classes[:6 if data == "digits" else None]
-        self.classes = [name for name in self.all_classes if name in known]
+        images, labels, all_classes = find_images(data, split)
+        known = known or all_classes[:6 if data == "digits" else None]
+        self.classes = [name for name in all_classes if name in known]
         if len(self.classes) < 2 or set(known) - set(self.classes):
-            raise ValueError(f"known classes {known}: give two at least, of {self.all_classes}")
+            raise ValueError(f"known classes {known}: give two at least, of {all_classes}")
         index = {name: i for i, name in enumerate(self.classes)}
-        y = torch.tensor([index.get(self.all_classes[label], -1) for label in labels])
+        y = torch.tensor([index.get(all_classes[label], -1) for label in labels])
         x = read_images(images, channels, size)
         names = np.array(images) if isinstance(images[0], str) else np.arange(len(images))
         is_known = y >= 0
@@ -144,11 +144,11 @@ class Split:
         self.unknown = x[~is_known].to(device)
         self.unknown_names = names[~is_known]
 
-        hashes = image_hashes(self.x)
-        self.held_out = choose_held_out(hashes, y[is_known]).to(device)
+        self.hashes = image_hashes(self.x)
+        self.held_out = choose_held_out(self.hashes, y[is_known]).to(device)
         if split == "train" and self.held_out.sum() < 40:  # half of them fix one for 95%
             raise ValueError("a threshold needs 40 held-out images: add training images")
-        content = str(sorted(zip(hashes.tolist(), self.y.tolist())))
+        content = str(sorted(zip(self.hashes.tolist(), self.y.tolist())))
         self.fingerprint = hashlib.sha256(content.encode()).hexdigest()[:16]
         self.channels = x.shape[1]
         self.n = int((~self.held_out).sum())

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from evaluate import PROTOCOLS, Scored, add_joint_scores, calibrate, score_set, tabulate
-from moodcat import MoodCat
+from moodcat import MoodCat, joint_scores
 from train_gen import Parser
 
 class PlainParser(argparse.ArgumentParser):
@@ -35,11 +35,13 @@ def all_tables(scored):
     """{protocol: {method: {set: metrics}}}, as results.json has them."""
     return {protocol: tabulate(scored, *labels) for protocol, labels in PROTOCOLS.items()}
 
-def settings_of(run):
-    """The settings of all that a TrainedRun consists of, as results.json has them."""
-    settings = {name: saved["settings"] for name, saved in run.trained.items()}
-    settings["classifier"] = getattr(run.classifier, "settings", None)
-    return settings
+def add_energy(scored, held_out, methods, title="{} with energy"):
+    """To each Scored each of the methods joined with energy, by Fisher's method and the even half
+    of the held-out images' scores {method: (n,)}."""
+    for method in methods:
+        reference = {name: held_out[name][::2] for name in (method, "energy")}
+        for s in scored.values():
+            s.scores[title.format(method)] = joint_scores(s.scores, reference)["fisher"]
 
 # --- What evaluate.py wrote ----------------------------------------------------------------------
 def read_json(path):

@@ -21,7 +21,7 @@ import train_scorer
 from evaluate import Scored, TrainedRun, make_parser, provenance, write_json
 from moodcat import kl_divergence
 from paper import compare
-from paper.common import all_tables, score_run, settings_of
+from paper.common import all_tables, score_run
 
 MOST = 2000  # OOD images, evenly spaced
 SPLITS = dict(a=("0123", "45"), b=("2345", "01"), c=("0145", "23"))  # known, unknown digits
@@ -69,7 +69,7 @@ def develop(args, wanted):
     print("{run}: z carries {nats:.1f} nats, l1 to x {l1:.3f}, change with y {change:.3f}".format(
         run=args.run, **follows))
     write_json(Path(args.run, "develop.json"), dict(
-        provenance(), split="development", settings=settings_of(run), scorers=list(run.scorers),
+        provenance(), split="development", settings=run.settings(), scorers=list(run.scorers),
         mask=run.mask.settings, masks=args.masks, rule=detector.rule,
         n={name: len(s.truth) for (name, _), s in scored.items()},
         synthesis=dict(generator={"held-out": follows}), **all_tables(scored)))

@@ -19,9 +19,10 @@ from torch import nn
 
 from evaluate import (TrainedRun, format_table, gather_sets, make_parser, provenance,
                       write_json)
-from moodcat import RULES, joint_scores
-from paper.common import all_tables, score_run, settings_of
+from moodcat import RULES
+from paper.common import add_energy, all_tables, score_run
 from paper.develop import unknown_rows
+from related.mood import mahalanobis
 from train_gen import run_script, to_float
 
 RESAMPLES = 1000
@@ -44,16 +45,6 @@ def features(classifier, x):
     hook.remove()
     return torch.cat(found).double()
 
-def mahalanobis(train, y, test):
-    """Minus the squared distance of features test (M, D) to the nearest class mean of train (N, D),
-    y (N,), under one covariance of all classes: (M,), higher = in-distribution."""
-    means = torch.stack([train[y == c].mean(0) for c in range(int(y.max()) + 1)])
-    centred = train - means[y]
-    # a pseudo-inverse: some features may be constant
-    precision = torch.linalg.pinv(centred.T @ centred / len(train), hermitian=True)
-    off = test[:, None] - means                                              # (M, K, D)
-    return -torch.einsum("mkd,de,mke->mk", off, precision, off).amin(1)
-
 def nearest(train, test):
     """Minus the distance to the k-th nearest of train (N, D), both of length 1: test (M, D) ->
     (M,). k is 50 for 50,000 images, as in the paper, and in proportion."""
@@ -70,20 +61,13 @@ def add_features(classifier, data, images, scored):
         return
     for name, x in images.items():
         test = features(classifier, x)
-        own = {"Mahalanobis": mahalanobis(train, y, test), "kNN": nearest(train, test)}
+        own = {"Mahalanobis": -mahalanobis(train, test, y, "shared"),
+               "kNN": nearest(train, test)}
         for (title, _), s in scored.items():
             if title == name:
                 s.scores.update({method: values.cpu() for method, values in own.items()})
 
 # --- Joined with energy, and compared with it ----------------------------------------------------
-def add_energy(scored, held_out, methods):
-    """To each Scored "<method> with energy", by Fisher's method and the even half of the held-out
-    images' scores {method: (n,)}."""
-    for method in methods:
-        reference = {name: held_out[name][::2] for name in (method, "energy")}
-        for s in scored.values():
-            s.scores[f"{method} with energy"] = joint_scores(s.scores, reference)["fisher"]
-
 def auroc(inside, outside):
     """AUROC of scores inside (N,) above outside (M,); ties count half."""
     outside = np.sort(outside)
@@ -158,7 +142,7 @@ def main(argv=None):
                 method, *(100 * row[k] for k in ("gain", "low", "high"))))
     name = "fair.json" if args.dev is None else "fair-dev.json"
     write_json(Path(args.run, name), dict(
-        provenance(), settings=settings_of(run), n={k: len(x) for k, x in images.items()},
+        provenance(), settings=run.settings(), n={k: len(x) for k, x in images.items()},
         scorers=list(run.scorers), classifier=run.classifier_id, gains=gains, **tables))
 
 if __name__ == "__main__":

@@ -16,9 +16,8 @@ import torch
 import torch.nn.functional as F
 
 from evaluate import TrainedRun, format_table, gather_sets, provenance, score_set, write_json
-from moodcat import (SCORERS, ImageMask, MoodCat, for_inference, joint_scores, load_checkpoint,
-                     ssim)
-from paper.common import all_tables, settings_of
+from moodcat import SCORERS, ImageMask, MoodCat, for_inference, load_checkpoint, ssim
+from paper.common import add_energy, all_tables
 from train_gen import Parser, parse, run_script, to_float
 from train_scorer import SCORER, load_classifier, train_scorer
 
@@ -78,7 +77,7 @@ def main(argv=None):
     """Train what is not trained, score the run's sets with each, print and write the tables."""
     args = read_flags(argv)
     run = TrainedRun(args)
-    settings = settings_of(run)
+    settings = run.settings()
     sets = gather_sets(args, run)
     if len(sets) == 1:
         raise ValueError("no image is OOD: name OOD sets after --ood")
@@ -100,15 +99,12 @@ def main(argv=None):
     # all sets under each of them, alone and joined with energy
     generator = run.generator["settings"]
     detector = MoodCat(run.G, scorers, ImageMask(generator["mask_ratio"], style=generator["mask"]))
-    held_out = score_set(detector, run.classifier, "held-out", *run.data.held_out_images())
+    held_out = score_set(detector, run.classifier, "held-out", *run.held_out[:2])
     held_out = held_out["held-out", "C(x)"].scores
     scored = {}
     for name, (x, truth, _) in sets.items():
         scored |= score_set(detector, run.classifier, name, x, truth)
-    for name in scorers:
-        reference = {method: held_out[method][::2] for method in (name, "energy")}
-        for s in scored.values():
-            s.scores[f"{name}, with energy"] = joint_scores(s.scores, reference)["fisher"]
+    add_energy(scored, held_out, scorers, "{}, with energy")
     tables = all_tables(scored)
     for protocol, table in tables.items():
         print(f"\n{protocol}\n{format_table(table)}")

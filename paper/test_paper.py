@@ -461,7 +461,7 @@ def test_distances_of_features_against_scikit_learn():
     centred = torch.cat([train[y == c] - train[y == c].mean(0) for c in range(3)]).numpy()
     model = EmpiricalCovariance(assume_centered=True).fit(centred)
     far = np.stack([model.mahalanobis((test - train[y == c].mean(0)).numpy()) for c in range(3)])
-    assert fair.mahalanobis(train, y, test).numpy() == pytest.approx(-far.min(0), rel=1e-6)
+    assert -fair.mahalanobis(train, test, y, "shared").numpy() == pytest.approx(-far.min(0), rel=1e-6)
     unit = [F.normalize(t).numpy() for t in (train, test)]
     distances = np.sort(np.linalg.norm(unit[1][:, None] - unit[0][None], axis=2), axis=1)
     assert fair.nearest(train, test).numpy() == pytest.approx(-distances[:, 0], abs=1e-6)
