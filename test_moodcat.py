@@ -1271,6 +1271,10 @@ def test_grey_folders_are_grey(folder, tmp_path, capsys):
     assert "for numbers, name OOD sets" in said and "warning: generator was trained for" in said
     one = image_files(folder / "train" / "1")[:1]
     assert read_images(one, 0, 16).shape[1] == 3 and read_images(one, 1, 16).shape[1] == 1
+    # the same order in memory, or a resumed training would round otherwise
+    files = image_files(tmp_path / "train" / "a")
+    assert all(read_images(files, channels, 16).stride() == (256 * (channels or 1), 256, 16, 1)
+               for channels in (0, 1, 3))
 
 def test_what_needs_no_image_is_said_before_any_is_read(colour, folder, tmp_path, monkeypatch):
     """issue: 20 to 44 s for a missing step, a changed setting, a wrong folder, no program."""
@@ -1548,6 +1552,33 @@ def test_the_classifiers_recipe_against_a_plain_one(whole, tmp_path, monkeypatch
                 p -= rate * (grad + 0.9 * v)
     for name, theirs in net.named_parameters():  # decay makes 4e-4 of a weight here
         assert close(saved["classifier"][name], theirs, 5e-5), f"the classifier's {name}"
+
+def test_a_classifier_begins_by_whitening_the_patches(whole, tmp_path, monkeypatch):
+    """Of the training images: the first layer's outputs are uncorrelated, of variance one where
+    there is any; then the same negated. It may have fewer filters, or more."""
+    x = to_float(Split("digits", "train", list("012345"), 16).training_images()[0])
+    large = 10 * x  # what keeps a variance of 0 from becoming infinite hardly counts
+    patches = torch.stack([large[:, 0, i:i + 15, j:j + 15].flatten() for i in (0, 1) for j in (0, 1)])
+    weight = torch.nn.Conv2d(1, 10, 2).weight
+    random_rows = weight[8:].clone()
+    train_scorer.whiten(weight, large)
+    out = weight.flatten(1)[:8] @ patches
+    second_moments = out[:4] @ out[:4].T / out.shape[1]
+    assert close(second_moments, torch.eye(4), 0.01)
+    assert torch.equal(out[:4], -out[4:])
+    assert torch.equal(weight[8:], random_rows)
+    few = torch.nn.Conv2d(1, 3, 2).weight
+    train_scorer.whiten(few, large)
+    assert torch.equal(few, weight[:3])
+    shares = (weight.flatten(1)[:4] ** 2).sum(1)
+    assert (shares.diff() > 0).all(), "the largest variance is not first"
+
+    shutil.copy(whole / "generator.pt", tmp_path)
+    start(train_scorer.main, "--run", tmp_path, "--steps", 1, "--classifier-steps", 1, "--ch", 2,
+          "--whiten", "--classifier-lr", 1e-6)
+    train_scorer.whiten(weight, x[:2000])
+    begun = load(tmp_path, "classifier")["classifier"]["0.weight"]
+    assert close(begun, weight[:8], 1e-4)
 
 def test_an_interrupted_training_resumes_bit_for_bit(whole, tmp_path, monkeypatch):
     """A step's random numbers follow from its number: the last save is all that is needed."""

@@ -255,7 +255,8 @@ def fit_image(image, channels, size):
         raise ValueError(f"mode {image.mode}: save it with 8 bits a channel")
     image = ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
     image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
-    return np.asarray(image).reshape(size, size, -1).transpose(2, 0, 1)
+    pixels = np.asarray(image).reshape(size, size, -1).transpose(2, 0, 1)
+    return np.ascontiguousarray(pixels)  # another order in memory would round otherwise
 
 # --- Command line --------------------------------------------------------------------------------
 class Parser(argparse.ArgumentParser):

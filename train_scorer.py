@@ -39,6 +39,7 @@ SCORER = dict(  #                                        the paper; why not here
 CLASSIFIER = dict(
     net=                  ("conv",                      "paper resnet18; conv is a small one"),
     widths=               ([8, 16, 32, 64], [24, 32, 64, 128], [24, 64, 256, 256], "of the conv"),
+    whiten=               (False, True,                 "the conv begins by whitening patches"),
     classifier_lr=        (0.1, 0.1, 0.4,               "the highest; up, then down to 0"),
     classifier_batch_size=(64, 64, 512,                 "paper: not said"),
     classifier_steps=     (300, Passes(20), Passes(100), "paper: not said"),
@@ -251,6 +252,16 @@ def make_classifier(net, widths, num_classes, channels):
     layers += [nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(widths[-1], num_classes)]
     return nn.Sequential(*layers)
 
+@torch.no_grad()
+def whiten(weight, x):
+    """Start the first convolution's weight (c, C, 2, 2) with the whitening of the 2 x 2 patches of
+    images x (B, C, S, S) and with its negative, as far as c allows: Jordan's airbench (2024)."""
+    patches = F.unfold(x, 2).transpose(1, 2).flatten(0, 1)  # (n, 4C)
+    values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
+    filters = (vectors / (values + 1e-3).sqrt()).T.flip(0)  # (4C, 4C), the largest variance first
+    both = torch.cat([filters, -filters]).view(-1, *weight.shape[1:])
+    weight[:len(both)] = both[:len(weight)]
+
 def augment(x, mirror):
     """x (B, C, S, S) shifted at random by up to an eighth of the side and, if asked, mirrored."""
     B, _, S, _ = x.shape
@@ -267,6 +278,8 @@ def train_classifier(args, data):
     steps = args.classifier_steps
     torch.manual_seed(args.seed)
     net = make_classifier(args.net, args.widths, len(data.classes), data.channels)
+    if args.whiten and args.net == "conv":
+        whiten(net[0].weight, to_float(x_all[:2000]).cpu())
     net.to(args.device, memory_format=torch.channels_last)
     opt = averaged(torch.optim.SGD(net.parameters(), args.classifier_lr, momentum=0.9,
                                    weight_decay=5e-4, nesterov=True))
