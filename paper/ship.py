@@ -28,13 +28,14 @@ def halved(weights):
             raise ValueError("a weight is too large for half precision (65504)")
     return rounded
 
-def ship_classifier(source, path):
-    """A classifier.pt with half the bytes, and without what a training would go on with."""
-    saved = load_checkpoint(source, "classifier")
-    saved["classifier"] = halved(saved["classifier"])
-    saved["lines"] = []
-    del saved["opt"]
-    save_checkpoint(path, saved)
+def ship_net(source, path, kind):
+    """A generator.pt or classifier.pt with half the bytes, and without what a training would go on
+    with. `data` loses the folders above: they are of this machine."""
+    saved = load_checkpoint(source, kind)
+    weights = halved(saved[kind])
+    kept = {key: saved[key] for key in ("kind", "step", "steps", "settings", "values")}
+    kept["settings"]["data"] = Path(kept["settings"]["data"]).name
+    save_checkpoint(path, {**kept, "lines": [], "command": "", kind: weights})
 
 def ship_detector(detector, path):
     """detector.pt with half the bytes. Its weights have that precision already."""
@@ -62,11 +63,12 @@ def write_examples(folder, sets, classes):
         write_pictures(folder, x[rows], names)
 
 def ship(args):
-    """Write classifier.pt, detector.pt, results.json, panel.png and examples/ into args.out. Raises
-    OSError or ValueError."""
+    """Write generator.pt, for another scorer to be trained on, classifier.pt, detector.pt,
+    results.json, panel.png and examples/ into args.out. Raises OSError or ValueError."""
     out = Path(args.out)
+    for kind in ("generator", "classifier"):
+        ship_net(Path(args.run, f"{kind}.pt"), out / f"{kind}.pt", kind)
     args.classifier = out / "classifier.pt"  # from here on the rounded one
-    ship_classifier(Path(args.run, "classifier.pt"), args.classifier)
     run = TrainedRun(args)
     sets = gather_sets(args, run)
     if len(sets) == 1:

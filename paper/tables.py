@@ -36,8 +36,8 @@ def values_of(folder, cell, used):
     return np.array(values)
 
 def gather(table, folder, used):
-    """A table of the list -> dict of title, note, command, head, rows (text) and `open`, the rows
-    that no run fills. Raises ValueError."""
+    """A table of the list -> dict of title, note, command, head, rows (text), `values`, each run's
+    number for each cell of ours, and `open`, the rows that no run fills. Raises ValueError."""
     columns = [dict(metric=c) if isinstance(c, str) else c for c in table["columns"]]
     heads = [column.get("head") or COLUMNS[column["metric"]] for column in columns]
     digits = [column.get("digits", 2) for column in columns]
@@ -47,6 +47,7 @@ def gather(table, folder, used):
 
     # a line of text for each row whose runs are there
     lines = []
+    numbers = []
     missing = []
     first = None
     for row, paper in zip(table["rows"], papers):
@@ -62,9 +63,10 @@ def gather(table, folder, used):
         first = first or ours
         theirs = [paper_cell(paper[i], digits[i]) for i in given]
         lines.append([row["label"], str(len(ours[0])), *texts, *theirs])
+        numbers.append([values.round(4).tolist() for values in ours])
     head = [table["of"], "runs", *heads, *(f"paper's {heads[i]}" for i in given)]
     return dict(title=table["title"], note=table["note"], command=table["command"], rows=lines,
-                head=head, open=missing)
+                head=head, values=numbers, open=missing)
 
 def paper_cell(value, digits):
     """What the paper has, a number, text or nothing -> text."""

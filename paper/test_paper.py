@@ -326,6 +326,7 @@ def test_tables_are_means_over_the_runs_and_go_only_where_told(runs, tmp_path, m
     written = json.loads((tmp_path / "out" / "tables.json").read_text())
     text = "\n".join(map(tables.render, written["tables"]))
     assert (tmp_path / "out" / "TABLES.md").read_text() == text and text in out
+    assert written["tables"][0]["values"] == [[np.round(values[m], 4).tolist()] for m in values]
     assert {file for file, _ in written["runs"]} == {"a-0/results.json", "a-1/results.json"}
     with pytest.raises(OSError, match="none of the runs"):
         tables.main([str(tmp_path)])
@@ -384,10 +385,9 @@ def test_pictures_are_written_and_not_too_wide(runs, tmp_path):
 def test_the_shipped_detector_judges_as_measured(runs, tmp_path, capsys):
     out = tmp_path / "small"
     ship.main(["--run", str(runs / "a-0"), "--out", str(out)])
-    for name, kind in (("detector.pt", "detector"), ("classifier.pt", "classifier")):
-        saved = load_checkpoint(out / name, kind)
-        weights = [saved["classifier"]] if kind == "classifier" else [
-            *saved["weights"].values()]
+    for kind in ("detector", "classifier", "generator"):
+        saved = load_checkpoint(out / f"{kind}.pt", kind)
+        weights = saved["weights"].values() if kind == "detector" else [saved[kind]]
         assert all(v.dtype == torch.float16 for w in weights for v in w.values()
                    if v.is_floating_point())
     assert sum((out / name).stat().st_size for name in ("detector.pt", "classifier.pt")) < 1_000_000
@@ -413,6 +413,15 @@ def test_the_shipped_detector_judges_as_measured(runs, tmp_path, capsys):
             assert verdict == ("OOD" if ood else "in-distribution")
     with pytest.raises(ValueError, match="folder of its own"):
         ship.main(["--run", str(runs / "a-0")])
+
+    # another scorer on its generator; the generator itself does not go on
+    shutil.copytree(out, tmp_path / "fork")
+    other = ["--run", str(tmp_path / "fork"), "--classifier", str(out / "classifier.pt")]
+    train_scorer.main([*other, "--steps", "2"])
+    evaluate.main(other)
+    assert results(tmp_path / "fork")["settings"]["cb"]["generator"]
+    with pytest.raises(ValueError, match="generator.pt"):
+        train_gen.main(["--run", str(out), "--resume", "--steps", "20"])
 
 def test_stand_ins_show_what_they_say_and_a_verifier_scores_labels(runs, tmp_path):
     run = shutil.copytree(runs / "a-0", tmp_path / "run")
