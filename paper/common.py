@@ -10,7 +10,8 @@ import torch
 
 from evaluate import PROTOCOLS, Scored, add_joint_scores, calibrate, score_set, tabulate
 from moodcat import MoodCat, joint_scores
-from train_gen import Parser
+from train_gen import Parser, Split, stored_settings
+from train_scorer import load_classifier
 
 class PlainParser(argparse.ArgumentParser):
     """For scripts that load no run; a wrong flag ends in one line, as in the core."""
@@ -30,6 +31,17 @@ def score_run(run, sets, masks=1, mask=None):
         scored |= score_set(detector, run.classifier, name, x, truth)
     add_joint_scores(scored | held_out, predicted.scores, run.scorers)
     return detector, scored, held_out
+
+def load_detector(args):
+    """RUN/detector.pt, trained here or shipped; its classifier; the test Split of its classes. Raises
+    OSError or ValueError."""
+    classifier, _, _ = load_classifier(args.run, args.classifier, args.device)
+    detector = MoodCat.load(Path(args.run, "detector.pt"), args.device, classifier)
+    settings = detector.generator.settings
+    data = args.data or stored_settings(args.run, "generator").get("data", "digits")
+    test = Split(data, "test", detector.calibration["notes"]["classes"], settings["image_size"],
+                 args.device, settings["channels"])
+    return detector, classifier, test
 
 def all_tables(scored):
     """{protocol: {method: {set: metrics}}}, as results.json has them."""

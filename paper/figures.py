@@ -19,23 +19,18 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from evaluate import make_parser
-from moodcat import MoodCat
 from paper.ablate import STYLES
-from paper.common import read_scores
-from train_gen import Split, find_images, run_script, stored_settings, to_float
-from train_scorer import load_classifier, predict
+from paper.common import load_detector, read_scores
+from train_gen import find_images, run_script, to_float
+from train_scorer import predict
 
 # --- The test images, by a rule that looks at no score or takes the median -----------------------
 def load(args):
     """RUN's detector, its classes and the test images {kind: (float x (N, C, S, S), C(x) (N,), true
     class names)}. Raises OSError or ValueError."""
-    classifier, _, _ = load_classifier(args.run, args.classifier, args.device)
-    detector = MoodCat.load(Path(args.run, "detector.pt"), args.device, classifier)
-    classes = detector.calibration["notes"]["classes"]
-    settings = detector.generator.settings
-    data = args.data or stored_settings(args.run, "generator").get("data", "digits")
-    test = Split(data, "test", classes, settings["image_size"], args.device,
-                 settings["channels"])
+    detector, classifier, test = load_detector(args)
+    data = test.source
+    classes = test.classes
     if not len(test.unknown):
         raise ValueError(f"{data} has no test image of an unknown class: this figure needs some")
     _, labels, names = find_images(data, "test")

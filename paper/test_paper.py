@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,8 +17,8 @@ import train_gen
 import train_scorer
 from evaluate import ood_metrics
 from moodcat import MoodCat, joint_scores, load_checkpoint
-from paper import (ablate, bench, common, compare, develop, fair, figures, limits, scood, ship,
-                   tables)
+from paper import (ablate, bench, common, compare, develop, fair, figures, intervene, limits, scood,
+                   ship, tables)
 from train_scorer import load_classifier, predict
 
 ROOT = Path(__file__).parents[1]
@@ -422,6 +423,35 @@ def test_the_shipped_detector_judges_as_measured(runs, tmp_path, capsys):
     assert results(tmp_path / "fork")["settings"]["cb"]["generator"]
     with pytest.raises(ValueError, match="generator.pt"):
         train_gen.main(["--run", str(out), "--resume", "--steps", "20"])
+
+def test_an_intervention_tells_what_a_score_looks_at(runs, tmp_path):
+    """Images of the value of their label, syntheses of the value of theirs: scores that look at y
+    alone, x' alone, at both and at neither."""
+    t, w = torch.tensor([0, 1, 2, 3] * 5), torch.tensor([1, 2, 3, 0] * 5)
+    flat = lambda y: (y.float() / 10)[:, None, None, None].expand(-1, 1, 16, 16)
+    of = lambda image: 10 * image.mean((1, 2, 3))
+    detector = SimpleNamespace(
+        mask=lambda x, i: (x, None), generator=lambda x_m, y: (flat(y), None, None),
+        scorers={"y": lambda x, x_fake, y: -(of(x) - y).abs(),
+                 "x'": lambda x, x_fake, y: -(of(x) - of(x_fake)).abs(),
+                 "agree": lambda x, x_fake, y: -(of(x_fake) - y).abs(),
+                 "neither": lambda x, x_fake, y: of(x)})
+    reader = lambda x_fake: F.one_hot(of(x_fake).round().long().clamp(max=2), 4)  # 3 is read as 2
+    found = intervene.summary(intervene.look(detector, reader, flat(t), t, w), detector.scorers)
+    auroc = {name: list(rows["test"].values()) for name, rows in found["intervention"].items()}
+    assert auroc["y"] == pytest.approx([1, 1, 1, 0.5, 0.5], abs=1e-6)
+    assert auroc["x'"] == pytest.approx([1, 0.5, 0.5, 1, 1], abs=1e-6)
+    assert auroc["agree"] == pytest.approx([0.5, 1, 0, 1, 0], abs=0.01)
+    assert auroc["neither"] == pytest.approx([0.5] * 5)
+    x_fake = found["synthesis"]["x'"]["test"]
+    assert [x_fake["read, right"], x_fake["read, wrong"]] == [0.75, 0.75]
+    assert x_fake["l1, right"] == 0 and x_fake["l1, wrong"] == pytest.approx(0.15)
+
+    intervene.main(["--run", str(runs / "a-0"), "--reader", str(runs / "a-1"), "--out", str(tmp_path)])
+    written = results(tmp_path, "intervene.json")
+    assert set(written["intervention"]) == {"cb", "ssim"} and written["n"] == 240
+    ssim = written["intervention"]["ssim"]["test"]
+    assert ssim["y alone, x' right"] == 0.5 and ssim["x' and y"] == ssim["x' alone, y wrong"]
 
 def test_stand_ins_show_what_they_say_and_a_verifier_scores_labels(runs, tmp_path):
     run = shutil.copytree(runs / "a-0", tmp_path / "run")
