@@ -2,6 +2,7 @@
 
     python -m paper.intervene --run runs/digits                            # writes intervene.json
     python -m paper.intervene --run results/cifar10 --out runs/look --reader runs/cifar10-1
+    python -m paper.intervene --run runs/mine --dev                        # chooses; no test image
 
 Every test image x has its true label and a wrong one, uniform over the others; x' is made under
 both by the same mask. AUROC of each scorer between right and wrong when x' and y change together,
@@ -61,25 +62,30 @@ def main(argv=None):
     add = parser.add_argument
     add("--classifier", help="another run's, or a program, as trained with")
     add("--reader", metavar="RUN", help="whose classifier reads x' [RUN]")
-    add("--out", metavar="FOLDER", help="for intervene.json [RUN]")
+    add("--dev", action="store_true", help="held-out training images in place of test images")
+    add("--out", metavar="FOLDER", help="for intervene.json, or intervene-dev.json [RUN]")
     args = parser.parse_args(argv)
     detector, reader, test = load_detector(args)
     if args.reader:
         reader, _, _ = load_classifier(args.reader, None, args.device, test.classes)
+    x, right = test.x, test.y
+    if args.dev:
+        x, right = test.other("train").held_out_images()
     torch.manual_seed(0)
-    wrong = mismatched(test.y, len(test.classes))
+    wrong = mismatched(right, len(test.classes))
 
     found = concatenated([
-        look(detector, reader, to_float(test.x[rows]), test.y[rows], wrong[rows])
-        for rows in torch.arange(len(test.x)).split(256)])
+        look(detector, reader, to_float(x[rows]), right[rows], wrong[rows])
+        for rows in torch.arange(len(x)).split(256)])
     results = summary(found, [name for name in detector.scorers if name != "energy"])
     for name, rows in results["intervention"].items():
         for title, value in rows["test"].items():
             print(f"{name:16s}{title:20s}{100 * value:8.2f}")
     for what, value in results["synthesis"]["x'"]["test"].items():
         print(f"{'synthesis':16s}{what:20s}{value:8.3f}")
-    write_json(Path(args.out or args.run, "intervene.json"), dict(
-        provenance(), n=len(test.x), reader=args.reader, **results))
+    name = "intervene-dev.json" if args.dev else "intervene.json"
+    write_json(Path(args.out or args.run, name), dict(
+        provenance(), n=len(x), reader=args.reader, **results))
 
 if __name__ == "__main__":
     run_script(main)

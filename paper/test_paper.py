@@ -13,12 +13,13 @@ import torch.nn.functional as F
 from PIL import Image
 
 import evaluate
+import moodcat
 import train_gen
 import train_scorer
 from evaluate import ood_metrics
 from moodcat import MoodCat, joint_scores, load_checkpoint
-from paper import (ablate, bench, common, compare, develop, fair, figures, intervene, limits, scood,
-                   ship, tables)
+from paper import (ablate, bench, common, compare, develop, fair, figures, halves, intervene,
+                   limits, obedience, scood, scorers, ship, tables)
 from train_scorer import load_classifier, predict
 
 ROOT = Path(__file__).parents[1]
@@ -480,6 +481,121 @@ def test_stand_ins_show_what_they_say_and_a_verifier_scores_labels(runs, tmp_pat
     free = "steps", "mask_ratio", "generator"  # the rest as the run's own C_b
     assert all(on_x[name] == value for name, value in of_run.items() if name not in free)
     assert rows["settings"]["C_b on x"] == on_x and rows["settings"]["cb"] == of_run
+
+def test_another_scorer_on_few_images_without_a_test_image(runs, tmp_path, monkeypatch):
+    run = shutil.copytree(runs / "a-0", tmp_path / "run")
+    seen = []
+    plain = limits.train_scorer
+    def watched(args, row, G, data, **more):
+        seen.append((row, data, more))
+        return plain(args, row, G, data, **more)
+    monkeypatch.setattr(limits, "train_scorer", watched)
+    argv = ["--run", str(run), "--steps", "2", "--scorer", "compare", "--per-class", "5",
+            "--on", "synthesis", "class mean", "--dev", "4", "5"]
+    limits.main(argv)
+    rows = results(run, "limits-compare-5-dev.json")
+    trained = {f"compare on {name}{e}" for name in ("synthesis", "class mean")
+               for e in ("", ", with energy")}
+    assert trained < set(rows["y = C(x)"])
+    whole = train_gen.Split("digits", "train", list("0123"), 16)
+    for row, data, more in seen:
+        assert row is scorers.ROWS["compare"] and more["per_class"] == 5
+        x, y = data.training_images()
+        assert y.bincount().tolist() == [5] * 4 and data.n == 20
+        assert np.isin(train_gen.image_hashes(x), train_gen.image_hashes(whole.training_images()[0])).all()
+        assert torch.equal(data.held_out_images()[0], whole.held_out_images()[0])
+        assert len(limits.class_means(data)) == 4
+    draws = [train_gen.image_hashes(limits.few(whole, 5, seed).training_images()[0]).tolist()
+             for seed in (0, 0, 1)]
+    assert draws[0] == draws[1] != draws[2], "which images is the seed's"
+    limits.main([*argv, "--resume"])  # nothing is trained twice
+    assert results(run, "limits-compare-5-dev.json")["y = C(x)"] == rows["y = C(x)"]
+
+def test_the_comparer_compares_and_neither_row_reads_the_label():
+    x, other = (torch.rand(6, 1, 16, 16, generator=torch.Generator().manual_seed(i)) * 2 - 1
+                for i in (0, 1))
+    y, z = torch.zeros(6, dtype=torch.long), torch.arange(6) % 3
+    torch.manual_seed(0)
+    compare_, blind = (scorers.ROWS[name].net(3, 4, 1).eval() for name in ("compare", "unlabeled"))
+    assert torch.equal(compare_(x, other, y), compare_(x, other, z))
+    assert torch.equal(blind(x, other, y), blind(x, other, z))
+    assert torch.allclose(compare_(x, other, y), compare_(other, x, y), atol=1e-5)
+    assert torch.allclose(compare_(x, x, y), torch.ones(6), atol=1e-5)  # distance 0: the bias
+    assert (compare_(x, other, y) < compare_(x, x, y)).all()
+    assert not torch.allclose(blind(x, other, y), blind(x, x, y), atol=1e-3)
+
+def test_rows_of_paper_scorers_reach_the_scripts(runs, tmp_path, monkeypatch):
+    run = shutil.copytree(runs / "a-0", tmp_path / "run")
+    monkeypatch.setattr(scorers, "SCORERS", added := dict(scorers.SCORERS))
+    for module in (train_scorer, evaluate, moodcat):
+        monkeypatch.setattr(module, "SCORERS", added)
+    for argv in (["train_scorer", "--scorer", "compare", "--steps", "2"],
+                 ["evaluate", "--scorers", "compare", "energy", "--out", str(tmp_path / "out")]):
+        monkeypatch.setattr("sys.argv", ["scorers", *argv, "--run", str(run)])
+        scorers.main()
+    assert "compare" in results(tmp_path / "out")["y = C(x)"]
+    assert (run / "compare.pt").exists()
+    monkeypatch.setattr("sys.argv", ["scorers", "train"])
+    with pytest.raises(ValueError, match="name a script first: train_scorer or evaluate"):
+        scorers.main()
+
+def test_halves_are_of_each_class_and_g_knows_one(runs, tmp_path, monkeypatch):
+    whole = train_gen.Split("digits", "train", list("0123"), 16)
+    parts = [train_gen.image_hashes(halves.half(whole, i).training_images()[0]) for i in (0, 1)]
+    together = np.sort(np.r_[parts[0], parts[1]])
+    assert together.tolist() == np.sort(train_gen.image_hashes(whole.training_images()[0])).tolist()
+    counts = [halves.half(whole, i).training_images()[1].bincount() for i in (0, 1)]
+    assert (counts[0] - counts[1]).abs().max() <= 1
+    assert torch.equal(halves.half(whole, 1).held_out_images()[0], whole.held_out_images()[0])
+
+    run = shutil.copytree(runs / "a-0", tmp_path / "run")
+    shown = []
+    plain = train_gen.random_batch
+    monkeypatch.setattr(train_gen, "random_batch", lambda x, y, n: (shown.append(x), plain(x, y, n))[1])
+    halves.main(["--run", str(run)])
+    assert all(np.isin(train_gen.image_hashes(x), parts[0]).all() for x in shown) and shown
+    saved = {name: load_checkpoint(run / "halves" / file, kind)["settings"] for name, file, kind in (
+        ("G", "generator.pt", "generator"), ("0", "0/scorer.pt", "scorer"),
+        ("1", "1/scorer.pt", "scorer"))}
+    ours = load_checkpoint(run / "generator.pt", "generator")["settings"]
+    assert {k for k in ours if ours[k] != saved["G"][k]} == {"n"}
+    assert saved["0"]["generator"] == saved["1"]["generator"] and saved["1"]["half"] == 1
+    rows = results(run, "halves.json")["y = C(x)"]
+    assert {"C_b, the same images", "C_b, other images with energy"} < set(rows)
+    assert train_gen.Split is halves.Split, "the half stays for others"
+
+def test_obedience_is_the_step_of_train_gen_and_a_term_more(runs, tmp_path, monkeypatch):
+    """With both weights 0 the same update but for z's noise; then each term moves G alone, or both."""
+    monkeypatch.setattr(train_gen, "SETTINGS", dict(train_gen.SETTINGS))
+    monkeypatch.setattr(obedience, "SETTINGS", train_gen.SETTINGS)
+    monkeypatch.setattr(train_gen, "train_step", train_gen.train_step)
+    run = tmp_path / "run"
+    reader = str(runs / "a-0")
+    obedience.main(["--run", str(run), "--steps", "2", "--ch", "2", "--known-classes", *"0123",
+                    "--auxiliary", "0.5", "--reader", reader])
+    saved = load_checkpoint(run / "generator.pt", "generator")
+    assert saved["settings"]["mismatched"] == 0.5 and saved["settings"]["reader"] == reader
+    assert saved["values"]["loss_other"] > 0
+    with pytest.raises(ValueError, match="mismatched 0.5, not 0.1"):
+        obedience.main(["--run", str(run), "--mismatched", "0.1", "--resume"])
+
+    x, y = (torch.rand(8, 1, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1,
+            torch.arange(8) % 4)
+    def step(**weights):
+        torch.manual_seed(0)
+        G, D = moodcat.Generator(4, 2, 16, 1), moodcat.UNetDiscriminator(4, 2, 1)
+        s = SimpleNamespace(adv=0.5, l1=2.0, l2=3.0, ssim=5.0, kl=0.1, bf16=False, device="cpu",
+                            reader=reader, **weights)
+        values = obedience.train_step(G, D, *(train_gen.adam(net, 1e-3, "cpu") for net in (G, D)),
+                                      x, x, y, s)
+        return values, *(torch.cat([p.detach().flatten() for p in net.parameters()]) for net in (G, D))
+    none, G0, D0 = step(mismatched=0.0, auxiliary=0.0)
+    assert none["loss_other"] == 0
+    for weights, same in ((dict(mismatched=1.0, auxiliary=0.0), False),
+                          (dict(mismatched=0.0, auxiliary=1.0), True)):
+        values, G1, D1 = step(**weights)
+        assert values["loss_other"] > 0.1 and values["loss_g"] == none["loss_g"]
+        assert not torch.equal(G0, G1) and torch.equal(D0, D1) == same
 
 def test_pictures_of_digits_are_those_of_the_split(tmp_path):
     ship.main(["--pictures", str(tmp_path), "--split", "train", "--classes", "6", "7"])
