@@ -29,21 +29,28 @@ RESAMPLES = 1000
 VIEW = "y = C(x)"
 
 # --- Scores of the classifier's last features ----------------------------------------------------
-@torch.no_grad()
-def features(classifier, x):
-    """uint8 images x (N, C, S, S) -> what the last linear layer takes, (N, D); None where the
-    classifier has none."""
-    layers = []
-    if isinstance(classifier, nn.Module):
-        layers = [part for part in classifier.modules() if isinstance(part, nn.Linear)]
+def feature_net(classifier):
+    """The classifier -> f, images (B, C, S, S) in [-1, 1] to what its last linear layer takes, (B,
+    D); None where it has none."""
+    if not isinstance(classifier, nn.Module):
+        return None
+    layers = [part for part in classifier.modules() if isinstance(part, nn.Linear)]
     if not layers:
         return None
-    found = []
-    hook = layers[-1].register_forward_pre_hook(lambda layer, inputs: found.append(inputs[0]))
-    for part in x.split(256):
-        classifier(to_float(part))
-    hook.remove()
-    return torch.cat(found).double()
+
+    def features(x):
+        found = []
+        hook = layers[-1].register_forward_pre_hook(lambda layer, inputs: found.append(inputs[0]))
+        classifier(x)
+        hook.remove()
+        return found[0]
+    return features
+
+@torch.no_grad()
+def features(classifier, x):
+    """uint8 images x (N, C, S, S) -> the classifier's features (N, D), or None."""
+    f = feature_net(classifier)
+    return f and torch.cat([f(to_float(part)) for part in x.split(256)]).double()
 
 def nearest(train, test):
     """Minus the distance to the k-th nearest of train (N, D), both of length 1: test (M, D) ->

@@ -18,8 +18,8 @@ import train_gen
 import train_scorer
 from evaluate import ood_metrics
 from moodcat import MoodCat, joint_scores, load_checkpoint
-from paper import (ablate, bench, common, compare, develop, fair, figures, halves, intervene,
-                   limits, obedience, scood, scorers, ship, tables)
+from paper import (ablate, bench, common, compare, develop, fair, figures, halves, inside,
+                   intervene, limits, obedience, scood, scorers, ship, tables)
 from train_scorer import load_classifier, predict
 
 ROOT = Path(__file__).parents[1]
@@ -563,6 +563,31 @@ def test_halves_are_of_each_class_and_g_knows_one(runs, tmp_path, monkeypatch):
     rows = results(run, "halves.json")["y = C(x)"]
     assert {"C_b, the same images", "C_b, other images with energy"} < set(rows)
     assert train_gen.Split is halves.Split, "the half stays for others"
+
+def test_scores_in_the_hole_see_the_hole_alone(runs, tmp_path):
+    x, x_fake = torch.rand(2, 3, 1, 16, 16) * 1.8 - 0.9
+    hole = torch.zeros(3, 1, 16, 16, dtype=torch.bool)
+    hole[:, :, 4:8, 2:12] = True
+    class Fixed(torch.nn.Module):
+        settings = {}
+        def forward(self, x_m, y):
+            return x_fake, None, None
+    made, _, _ = inside.Pasted(Fixed())(x.masked_fill(hole, 0.0), None)
+    assert torch.equal(made[hole], x_fake[hole]) and torch.equal(made[~hole], x[~hole])
+    mean = (x - x_fake).abs()[:, :, 4:8, 2:12].mean((1, 2, 3))
+    assert torch.allclose(inside.l1(x, made, None), -mean, atol=1e-6)
+    assert torch.equal(inside.l1(x, x, None), torch.zeros(3))
+    run = shutil.copytree(runs / "a-0", tmp_path / "run")
+    for dev in ([], ["--dev"]):
+        inside.main(["--run", str(run), "--masks", "2", *dev])
+        rows = results(run, "inside-dev.json" if dev else "inside.json")["y = C(x)"]
+        names = [f"{name} {where}" for name in ("l1", "SSIM", "features")
+                 for where in ("everywhere", "in the hole")]
+        assert {*names, *(f"{name} with energy" for name in names), "energy"} <= set(rows)
+        assert rows["SSIM everywhere"] != rows["SSIM in the hole"]
+    inside.main(["--run", str(run)])
+    one = results(run, "inside.json")["y = C(x)"]
+    assert one["SSIM everywhere"] == results(run)["y = C(x)"]["ssim"]
 
 def test_obedience_is_the_step_of_train_gen_and_a_term_more(runs, tmp_path, monkeypatch):
     """With both weights 0 the same update but for z's noise; then each term moves G alone, or both."""
