@@ -14,7 +14,7 @@ first; train_gen.py and train_scorer.py train it, evaluate.py measures it.
     x'         synthesis G(x_m, y) = D(z, y)               (B, C, H, W) float in [-1, 1]
     D^Unet     U-Net discriminator: image and pixel logits (B,) and (B, 1, H, W)
     C_b        conditional binary classifier, a scorer     (B,), higher = in-distribution
-    p          conformal p-value of a score                (B,), small = unlike in-distribution
+    p          p-value of a score by held-out ones         (B,), small = unlike in-distribution
     ch         channel multiplier, 32 in the paper
 """
 
@@ -501,7 +501,7 @@ SCORERS = {
     "dists": lambda settings, classifier: Negative(DISTS()),
     "energy": lambda settings, classifier: energy_of(classifier)}
 
-# --- From scores to one verdict (section 3.5): conformal p-values, joined ------------------------
+# --- From scores to one verdict (section 3.5): p-values, joined ----------------------------------
 # any scorer that flags rejects, as in the paper; and the sum of log p (Fisher's method)
 RULES = {"min-p": lambda log_p: log_p.amin(0), "fisher": lambda log_p: log_p.sum(0)}
 

@@ -29,13 +29,19 @@ def halved(weights):
     return rounded
 
 def ship_net(source, path, kind):
-    """A generator.pt or classifier.pt with half the bytes, and without what a training would go on
-    with. `data` loses the folders above: they are of this machine."""
+    """A generator.pt or classifier.pt with half the bytes. --resume goes on from it, with its
+    optimizers anew. `data` loses the folders above: they are of this machine."""
     saved = load_checkpoint(source, kind)
-    weights = halved(saved[kind])
-    kept = {key: saved[key] for key in ("kind", "step", "steps", "settings", "values")}
-    kept["settings"]["data"] = Path(kept["settings"]["data"]).name
-    save_checkpoint(path, {**kept, "lines": [], "command": "", kind: weights})
+    script = {"generator": "train_gen.py", "classifier": "train_scorer.py"}[kind]
+    saved["command"] = f"python {script} --run {path.parent}"
+    saved["settings"]["data"] = Path(saved["settings"]["data"]).name
+    for name in ("generator", "discriminator", "classifier"):
+        if name in saved:
+            saved[name] = halved(saved[name])
+    for name in ("opt", "opt_g", "opt_d"):
+        if name in saved:
+            saved[name]["state"] = {}
+    save_checkpoint(path, saved)
 
 def ship_detector(detector, path):
     """detector.pt with half the bytes. Its weights have that precision already."""
@@ -63,7 +69,7 @@ def write_examples(folder, sets, classes):
         write_pictures(folder, x[rows], names)
 
 def ship(args):
-    """Write generator.pt, for another scorer to be trained on, classifier.pt, detector.pt,
+    """Write generator.pt, for other scorers or losses to begin with, classifier.pt, detector.pt,
     results.json, panel.png and examples/ into args.out. Raises OSError or ValueError."""
     out = Path(args.out)
     for kind in ("generator", "classifier"):

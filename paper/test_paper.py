@@ -416,14 +416,20 @@ def test_the_shipped_detector_judges_as_measured(runs, tmp_path, capsys):
     with pytest.raises(ValueError, match="folder of its own"):
         ship.main(["--run", str(runs / "a-0")])
 
-    # another scorer on its generator; the generator itself does not go on
-    shutil.copytree(out, tmp_path / "fork")
-    other = ["--run", str(tmp_path / "fork"), "--classifier", str(out / "classifier.pt")]
+    # another scorer on its generator; and the generator goes on
+    fork = shutil.copytree(out, tmp_path / "fork")
+    other = ["--run", str(fork), "--classifier", str(out / "classifier.pt")]
     train_scorer.main([*other, "--steps", "2"])
     evaluate.main(other)
-    assert results(tmp_path / "fork")["settings"]["cb"]["generator"]
-    with pytest.raises(ValueError, match="generator.pt"):
-        train_gen.main(["--run", str(out), "--resume", "--steps", "20"])
+    assert results(fork)["settings"]["cb"]["generator"]
+    assert load_checkpoint(out / "generator.pt", "generator")["command"].endswith(str(out))
+    train_gen.main(["--run", str(fork), "--resume", "--steps", "13"])
+    before, after = (load_checkpoint(run / "generator.pt", "generator")
+                     for run in (runs / "a-0", fork))
+    assert after["step"] == 13 and after["discriminator"].keys() == before["discriminator"].keys()
+    name = "decoder.embed.weight"
+    near = (after["generator"][name] - before["generator"][name]).abs().max()
+    assert 0 < near < 0.01, "it began anew"
 
 def test_an_intervention_tells_what_a_score_looks_at(runs, tmp_path):
     """Images of the value of their label, syntheses of the value of theirs: scores that look at y
