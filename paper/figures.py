@@ -142,23 +142,41 @@ def draw_panel(args):
     detector, classes, images = load(args)
     return panel(detector, classes, {kind: (x, y) for kind, (x, y, _) in images.items()})
 
+def draw_failures(args):
+    """Figure 8: the four rejected known images of the lowest scores, and the four accepted unknown
+    ones of the highest, or as many as there are. Raises ValueError if there is none."""
+    detector, classes, images = load(args)
+    sets = {}
+    for kind, (x, y, _) in images.items():
+        scores = detector.score(x, y)
+        known = kind == "in-distribution"
+        wrong = detector.rejects(scores) == known
+        order = scores[detector.rule].argsort(descending=not known)
+        rows = order[wrong[order]][:4]
+        if len(rows):
+            title = f"{kind}, {'rejected' if known else 'accepted'}"
+            sets[title] = x[rows], y[rows]
+    if not sets:
+        raise ValueError("the detector makes no error on these images: no failures to draw")
+    return panel(detector, classes, sets, 4)
+
 @torch.no_grad()
-def panel(detector, classes, sets):
-    """Figures 6 and 7: of each set {title: (float x (N, C, S, S), C(x) (N,))} ten images at even
+def panel(detector, classes, sets, n=10):
+    """Figures 6 and 7: of each set {title: (float x (N, C, S, S), C(x) (N,))} n images at even
     distances: input, masked image, synthesis; below them C(x), joint score and verdict."""
     fig = Figure(figsize=(10, 3.4 * len(sets)), layout="constrained")
     blocks = fig.subfigures(len(sets), squeeze=False)[:, 0]
     for block, (title, (x, y)) in zip(blocks, sets.items()):
-        some = torch.linspace(0, len(x) - 1, 10).long()
+        some = torch.linspace(0, len(x) - 1, min(n, len(x))).long()
         x = x[some].to(detector.device)
         y = y[some].to(detector.device)
         _, x_m, x_fake = detector.mismatch(x, y)
         scores = detector.score(x, y)
         rejected = detector.rejects(scores)
         framed = [F.pad(images, (1, 1, 1, 1), value=1.0) for images in (x, x_m, x_fake)]
-        tall = torch.cat(framed, 2)                                   # (10, C, 3 (S + 2), S + 2)
+        tall = torch.cat(framed, 2)                                   # (n, C, 3 (S + 2), S + 2)
         block.suptitle(f"{printable(title)}: input, masked, synthesis", parse_math=False)
-        for i, ax in enumerate(block.subplots(1, 10)):
+        for i, ax in enumerate(block.subplots(1, len(x), squeeze=False)[0]):
             show(ax, tall[i:i + 1])
             label = printable(classes[y[i]])[:12]
             joint = scores[detector.rule][i]
@@ -220,7 +238,7 @@ def draw_curves(args):
     return fig
 
 FIGURES = dict(method=draw_method, labels=draw_labels, masks=draw_masks, panel=draw_panel,
-               histograms=draw_histograms, roc=draw_roc, curves=draw_curves)
+               failures=draw_failures, histograms=draw_histograms, roc=draw_roc, curves=draw_curves)
 
 def main(argv=None):
     """Read the command line."""

@@ -379,10 +379,31 @@ def test_bench_counts_what_the_paper_counts(monkeypatch):
 def test_pictures_are_written_and_not_too_wide(runs, tmp_path):
     figures.main(["--run", str(runs / "a-0"), "--out", str(tmp_path)])
     assert {p.stem for p in tmp_path.glob("*.png")} == {
-        "method", "labels", "masks", "panel", "histograms", "roc", "curves"}
+        "method", "labels", "masks", "panel", "failures", "histograms", "roc", "curves"}
     for path in tmp_path.glob("*.png"):
         with Image.open(path) as image:
             assert 600 <= image.width <= 1000 and np.asarray(image.convert("L")).std() > 10
+
+def test_failures_are_the_most_confident_errors(runs, monkeypatch):
+    shown = {}
+    monkeypatch.setattr(figures, "panel", lambda detector, classes, sets, n: shown.update(sets))
+    args = evaluate.make_parser("").parse_args(["--run", str(runs / "a-0"), "--device", "cpu"])
+    figures.draw_failures(args)
+    detector, _, images = figures.load(args)
+    for (title, (x, y)), known in zip(shown.items(), (True, False)):
+        every, labels, _ = images["in-distribution" if known else "OOD"]
+        scores = detector.score(every, labels)
+        errors = scores[detector.rule][detector.rejects(scores) == known]
+        mine = detector.score(x, y)
+        assert (detector.rejects(mine) == known).all() and len(x) == min(4, len(errors))
+        assert mine[detector.rule].tolist() == pytest.approx(
+            errors.sort(descending=not known).values[:4].tolist(), abs=1e-3)
+        assert title.endswith("rejected" if known else "accepted")
+    monkeypatch.setattr(MoodCat, "rejects", lambda self, scores: torch.isnan(scores["fisher"]))
+    monkeypatch.setattr(figures, "load", lambda args: (detector, [], {
+        "in-distribution": images["in-distribution"]}))
+    with pytest.raises(ValueError, match="no error"):
+        figures.draw_failures(args)
 
 def test_the_shipped_detector_judges_as_measured(runs, tmp_path, capsys):
     out = tmp_path / "small"
