@@ -3,6 +3,7 @@
 import argparse
 import csv
 import json
+from copy import copy
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,14 @@ def load_detector(args):
     test = Split(data, "test", detector.calibration["notes"]["classes"], settings["image_size"],
                  args.device, settings["channels"])
     return detector, classifier, test
+
+def subset(data, rows):
+    """The Split with the training images of these rows alone, bool (N,); held-out ones stay."""
+    data = copy(data)
+    keep = data.held_out | rows
+    data.x, data.y, data.held_out = data.x[keep], data.y[keep], data.held_out[keep]
+    data.n = int((~data.held_out).sum())
+    return data
 
 def all_tables(scored):
     """{protocol: {method: {set: metrics}}}, as results.json has them."""

@@ -8,14 +8,15 @@ interruption add --resume.
 """
 
 from argparse import Namespace
-from copy import copy
 from pathlib import Path
 
+
+import torch
 
 import train_gen
 from evaluate import TrainedRun, format_table, gather_sets, provenance, score_set, write_json
 from moodcat import SCORERS, ImageMask, MoodCat, for_inference
-from paper.common import add_energy, all_tables
+from paper.common import add_energy, all_tables, subset
 from train_gen import SETTINGS, Parser, Split, run_script
 from train_scorer import SCORER, load_generator, train_scorer
 
@@ -23,14 +24,11 @@ HALVES = {"the same images": 0, "other images": 1}  # as G's, which are half 0
 
 def half(data, which):
     """The Split with every other training image of each class; held-out images stay."""
-    data = copy(data)
-    keep = data.held_out.clone()
+    keep = torch.zeros_like(data.held_out)
     for k in range(len(data.classes)):
         rows = ((data.y == k) & ~data.held_out).nonzero()[:, 0]
         keep[rows[which::2]] = True
-    data.x, data.y, data.held_out = data.x[keep], data.y[keep], data.held_out[keep]
-    data.n = int((~data.held_out).sum())
-    return data
+    return subset(data, keep)
 
 def as_flags(settings, table):
     """The settings of a table as a command line."""

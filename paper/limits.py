@@ -15,7 +15,6 @@ names: limits-compare-10-dev.json.
 """
 
 from argparse import Namespace
-from copy import copy
 from pathlib import Path
 
 import torch
@@ -23,7 +22,7 @@ import torch.nn.functional as F
 
 from evaluate import TrainedRun, format_table, gather_sets, provenance, score_set, write_json
 from moodcat import SCORERS, ImageMask, MoodCat, for_inference, load_checkpoint, ssim
-from paper.common import add_energy, all_tables
+from paper.common import add_energy, all_tables, subset
 from paper.fair import development_sets
 from paper.scorers import ROWS
 from train_gen import Parser, parse, run_script, to_float
@@ -54,15 +53,12 @@ def stand_ins(G, means):
 
 def few(data, per_class, seed):
     """The Split with so many training images of each class, drawn by the seed; held-out images stay."""
-    data = copy(data)
-    keep = data.held_out.clone()
+    keep = torch.zeros_like(data.held_out)
     order = torch.randperm(len(data.y), generator=torch.Generator().manual_seed(seed))
     for k in range(len(data.classes)):
         rows = order[((data.y == k) & ~data.held_out).cpu()[order]]
         keep[rows[:per_class]] = True
-    data.x, data.y, data.held_out = data.x[keep], data.y[keep], data.held_out[keep]
-    data.n = int((~data.held_out).sum())
-    return data
+    return subset(data, keep)
 
 def train_on(name, G, args, run, data):
     """Train a scorer of the row args.scorer on these images and what G, a stand-in of that name,
