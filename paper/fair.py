@@ -116,6 +116,13 @@ def development_sets(run, classes):
     return {"in-distribution": (x[1::2], y[1::2], names[1::2]),
             "unknown": (run.data.unknown[rows.to(x.device)], nobody, rows.tolist())}
 
+def chosen_sets(args, run):
+    """What --ood and --dev say to score: {set: (images, labels, names)}. Raises OSError or ValueError."""
+    sets = gather_sets(args, run) if args.dev is None else development_sets(run, args.dev)
+    if len(sets) == 1:
+        raise ValueError("no image is OOD: name OOD sets after --ood")
+    return sets
+
 def main(argv=None):
     """Score the run, write RUN/fair.json or RUN/fair-dev.json, print the table."""
     parser = make_parser(__doc__)
@@ -124,9 +131,7 @@ def main(argv=None):
                         help="held-out images against training images of unknown classes [all]")
     args = parser.parse_args(argv)
     run = TrainedRun(args)
-    sets = gather_sets(args, run) if args.dev is None else development_sets(run, args.dev)
-    if len(sets) == 1:
-        raise ValueError("no image is OOD: name OOD sets after --ood")
+    sets = chosen_sets(args, run)
     _, scored, held_out = score_run(run, sets, args.masks)
 
     # every method, then every method with energy; what has it already is not given it twice

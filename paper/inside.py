@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from evaluate import TrainedRun, format_table, gather_sets, make_parser, provenance, write_json
+from evaluate import TrainedRun, format_table, make_parser, provenance, write_json
 from moodcat import similarity
 from paper.common import add_energy, all_tables, score_run
-from paper.fair import development_sets, feature_net
+from paper.fair import chosen_sets, feature_net
 from train_gen import run_script
 
 class Pasted(nn.Module):
@@ -50,9 +50,7 @@ def main(argv=None):
     parser.add_argument("--dev", nargs="*", metavar="CLASS", help="as paper.fair's")
     args = parser.parse_args(argv)
     run = TrainedRun(args)
-    sets = gather_sets(args, run) if args.dev is None else development_sets(run, args.dev)
-    if len(sets) == 1:
-        raise ValueError("no image is OOD: name OOD sets after --ood")
+    sets = chosen_sets(args, run)
 
     # the same scores of x' and of what is in the hole
     energy = run.scorers["energy"]

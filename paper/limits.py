@@ -20,10 +20,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from evaluate import TrainedRun, format_table, gather_sets, provenance, score_set, write_json
+from evaluate import TrainedRun, format_table, provenance, score_set, write_json
 from moodcat import SCORERS, ImageMask, MoodCat, for_inference, load_checkpoint, ssim
 from paper.common import add_energy, all_tables, subset
-from paper.fair import development_sets
+from paper.fair import chosen_sets
 from paper.scorers import ROWS
 from train_gen import Parser, parse, run_script, to_float
 from train_scorer import SCORER, load_classifier, train_scorer
@@ -105,9 +105,7 @@ def main(argv=None):
     args = read_flags(argv)
     run = TrainedRun(args)
     settings = run.settings()
-    sets = gather_sets(args, run) if args.dev is None else development_sets(run, args.dev)
-    if len(sets) == 1:
-        raise ValueError("no image is OOD: name OOD sets after --ood")
+    sets = chosen_sets(args, run)
     data = few(run.data, args.per_class, args.seed) if args.per_class else run.data
 
     # the scorers f(x, x', y)
