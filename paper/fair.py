@@ -4,8 +4,9 @@
     python -m paper.fair --run runs/cifar10 --ood cifar100 --scorers cb ssim lpips-squeeze energy
     python -m paper.fair --run runs/cifar10 --dev [CLASS ...]       # chooses; no test image
 
-What is joined with energy is joined as the detector joins its scorers, by Fisher's method. Against
-energy alone each row has a paired bootstrap over the images: the gain in AUROC, 2.5% and 97.5%.
+What is joined with energy is joined as the detector joins its scorers, by Fisher's method; so is
+every subset of the scorers ("cb+ssim fisher"). Against energy alone each row has a paired bootstrap
+over the images: the gain in AUROC, 2.5% and 97.5%.
 Mahalanobis: Lee et al. (2018), the last features alone. kNN: Sun et al. (2022). A program as
 classifier shows no features, so these rows are absent.
 """
@@ -20,6 +21,7 @@ from torch import nn
 from evaluate import (TrainedRun, format_table, gather_sets, make_parser, provenance,
                       write_json)
 from moodcat import RULES
+from paper.ablate import add_subsets
 from paper.common import add_energy, all_tables, score_run
 from paper.develop import unknown_rows
 from related.mood import mahalanobis
@@ -141,6 +143,7 @@ def main(argv=None):
     reference = held_out["held-out", "C(x)"].scores
     methods = [name for name in reference if "energy" not in name and name not in RULES]
     add_energy(every, reference, methods)
+    add_subsets(every, reference, run.scorers)
 
     tables = all_tables(scored)
     inside = as_arrays(scored["in-distribution", "C(x)"])

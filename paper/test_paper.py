@@ -697,7 +697,10 @@ def test_every_method_alone_and_with_energy(runs, tmp_path, dev):
     saved = results(run, "fair-dev.json" if dev else "fair.json")
     alone = {"MSP", "ODIN", "cb", "ssim", "Mahalanobis", "kNN", "min-p", "fisher"}
     rows = saved["y = C(x)"]
-    assert rows.keys() == alone | {f"{name} with energy" for name in alone} | {"energy"}
+    subsets = {f"{names} {rule}" for rule in moodcat.RULES
+               for names in ("cb+ssim", "cb+energy", "ssim+energy", "cb+ssim+energy")}
+    assert rows.keys() == alone | {f"{name} with energy" for name in alone} | {"energy"} | subsets
+    assert rows["cb+ssim+energy fisher"] == rows["fisher with energy"]
     split = train_gen.Split("digits", "train", list("0123"), 16)
     if dev:  # the half of the held-out images that made no p-values, and no test image
         labels = train_gen.find_images("digits", "train")[1]
