@@ -5,7 +5,8 @@
 
 A cell is at [view][method][set][metric] of a JSON file in each run folder that a pattern matches;
 table, row or column says which; the set "mean" is the mean over all sets. It shows mean ± standard
-deviation (ddof 1) over those runs.
+deviation (ddof 1) over those runs. A row that no run here fills stays as --out has it: no machine
+holds all runs.
 """
 
 import json
@@ -35,17 +36,23 @@ def values_of(folder, cell, used):
         used[str(path.relative_to(folder))] = provenance
     return np.array(values)
 
-def gather(table, folder, used):
+def gather(table, folder, used, before=None):
     """A table of the list -> dict of title, note, command, head, rows (text), `values`, each run's
-    number for each cell of ours, and `open`, the rows that no run fills. Raises ValueError."""
+    number for each cell of ours, and `open`, the rows that no run fills, nor `before`, what this
+    function has returned earlier. Raises ValueError."""
     columns = [dict(metric=c) if isinstance(c, str) else c for c in table["columns"]]
     heads = [column.get("head") or COLUMNS[column["metric"]] for column in columns]
     digits = [column.get("digits", 2) for column in columns]
     nothing = [None] * len(columns)
     papers = [row.get("paper", nothing) for row in table["rows"]]
     given = [i for i in range(len(columns)) if any(paper[i] for paper in papers)]
+    head = [table["of"], "runs", *heads, *(f"paper's {heads[i]}" for i in given)]
+    kept = {}
+    if before and before["head"] == head:
+        numbers = before.get("values", [None] * len(before["rows"]))
+        kept = {line[0]: (line, values) for line, values in zip(before["rows"], numbers)}
 
-    # a line of text for each row whose runs are there
+    # a line of text for each row whose runs are there, or were
     lines = []
     numbers = []
     missing = []
@@ -53,8 +60,14 @@ def gather(table, folder, used):
     for row, paper in zip(table["rows"], papers):
         cells = [{**DEFAULT, **table, **row, **column} for column in columns]
         ours = [values_of(folder, cell, used) for cell in cells]
-        if not all(map(len, ours)):
-            missing.append(row["label"])
+        no_base = table.get("gain") and lines and not first  # its first row is an earlier one
+        if no_base or not all(map(len, ours)):
+            if row["label"] in kept:
+                line, values = kept[row["label"]]
+                lines.append(line)
+                numbers.append(values)
+            else:
+                missing.append(row["label"])
             continue
         texts = [mean_std(values, d) for values, d in zip(ours, digits)]
         if table.get("gain") and first:
@@ -64,7 +77,6 @@ def gather(table, folder, used):
         theirs = [paper_cell(paper[i], digits[i]) for i in given]
         lines.append([row["label"], str(len(ours[0])), *texts, *theirs])
         numbers.append([values.round(4).tolist() for values in ours])
-    head = [table["of"], "runs", *heads, *(f"paper's {heads[i]}" for i in given)]
     return dict(title=table["title"], note=table["note"], command=table["command"], rows=lines,
                 head=head, values=numbers, open=missing)
 
@@ -95,7 +107,14 @@ def main(argv=None):
     parser.add_argument("--out", help="folder for tables.json and TABLES.md [print them]")
     args = parser.parse_args(argv)
     used = {}
-    tables = [gather(table, args.folder, used) for table in read_json(SPEC)]
+    before = dict(tables=[], runs={})
+    file = Path(args.out or args.folder, "tables.json")
+    if args.out and file.exists():
+        before = read_json(file)
+        before["runs"] = dict(before["runs"])
+    by_title = {table["title"]: table for table in before["tables"]}
+    tables = [gather(table, args.folder, used, by_title.get(table["title"]))
+              for table in read_json(SPEC)]
     if not used:
         raise OSError(f"{args.folder} holds none of the runs that {SPEC} names")
     text = "\n".join(map(render, tables))
@@ -103,8 +122,8 @@ def main(argv=None):
         return print(text, end="")
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    content = json_lines(tables), json_lines(used.items())
-    (out / "tables.json").write_text('{"tables": [\n%s],\n"runs": [\n%s]}\n' % content)
+    content = json_lines(tables), json_lines((before["runs"] | used).items())
+    file.write_text('{"tables": [\n%s],\n"runs": [\n%s]}\n' % content)
     (out / "TABLES.md").write_text(text)
     print(f"{out}/TABLES.md, {out}/tables.json: {len(used)} files, {len(tables)} tables")
 

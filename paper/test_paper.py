@@ -304,7 +304,7 @@ def test_development_splits_leave_the_reported_digits_alone():
 # --- tables --------------------------------------------------------------------------------------
 
 def test_tables_are_means_over_the_runs_and_go_only_where_told(runs, tmp_path, monkeypatch, capsys):
-    later = dict(label="later", runs="none", method="cb")
+    later = dict(label="later", runs="b-?", method="cb")
     common_part = dict(note="N.", command="train it", of="method", columns=["auroc"])
     spec = [dict(common_part, title="T", gain=True, rows=[
         dict(label="cb", runs="a-?", method="cb", paper=[90.5]),
@@ -332,6 +332,19 @@ def test_tables_are_means_over_the_runs_and_go_only_where_told(runs, tmp_path, m
     assert {file for file, _ in written["runs"]} == {"a-0/results.json", "a-1/results.json"}
     with pytest.raises(OSError, match="none of the runs"):
         tables.main([str(tmp_path)])
+
+    # another machine's runs: its rows join those that are there
+    shutil.copytree(runs / "a-0", tmp_path / "more" / "b-0")
+    tables.main([str(tmp_path / "more"), "--out", str(tmp_path / "out")])
+    after = json.loads((tmp_path / "out" / "tables.json").read_text())
+    first, other = after["tables"]
+    assert first["rows"][:2] == written["tables"][0]["rows"] and first["open"] == ["later"]
+    assert first["values"] == written["tables"][0]["values"]
+    assert other["rows"] == [["later", "1", f"{values['cb'][0]:.2f}"]]
+    assert [file for file, _ in after["runs"]] == ["a-0/results.json", "a-1/results.json", "b-0/results.json"]
+    tables.main([str(tmp_path / "more"), "--out", str(tmp_path / "new")])
+    new = json.loads((tmp_path / "new" / "tables.json").read_text())["tables"]
+    assert [row[0] for row in new[0]["rows"]] == ["later"] and new[0]["open"] == ["cb", "ssim"]
 
 def test_a_mean_over_sets_is_that_of_the_sets():
     rows = dict(a=dict(auroc=0.5), b=dict(auroc=0.7), c=dict(auroc=0.9))
