@@ -1,12 +1,13 @@
 """Pictures of a run, at most 1,000 px wide, written into --out (RUN, where none is named).
 
     python -m paper.figures --run runs/digits
-    python -m paper.figures --run runs/digits --only method labels --out results
+    python -m paper.figures --run runs/digits --only method --out results
+    python -m paper.figures --run runs/digits --beside runs/cifar10 --only labels --out results
 
 method.png: Figure 2 redrawn, of the known and the unknown test images the one of median score.
-masks.png: Figure 4 on the same two. labels.png: x' under every label, for the first two test images
-of either kind, as the test split has them. panel.png: Figures 6 and 7, ten test images of either
-kind. histograms.png, roc.png: scores.csv. curves.png: the logs of the trainings.
+masks.png: Figure 4 on the same two. labels.png: x' under the right and under a wrong label, and what
+the classifier reads. panel.png: Figures 6 and 7, ten test images of either kind; failures.png: Figure
+8. histograms.png, roc.png: scores.csv. curves.png: the logs of the trainings.
 """
 
 import json
@@ -16,7 +17,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 
 from evaluate import make_parser
 from paper.ablate import STYLES
@@ -94,32 +94,27 @@ def draw_method(args):
 
 @torch.no_grad()
 def draw_labels(args):
-    """x' = G(M(x), y) for every label y; a row a test image: of the known and of the unknown ones
-    the first two in the order of the test split, whatever their scores. C(x) is framed."""
-    detector, classes, images = load(args)
-    fig = Figure(figsize=(10, 9.2 * 4 / (len(classes) + 2)), layout="constrained")
-    axes = fig.subplots(4, 1 + len(classes))
-    for kind, rows in (("in-distribution", axes[:2]), ("OOD", axes[2:])):
-        x, y, truth = images[kind]
-        word = "known" if kind == "in-distribution" else "unknown"
-        for i, row in enumerate(rows):
-            image = x[i:i + 1]
-            show(row[0], image)
-            title = printable(f"a {truth[i]}, {word}\nC(x) = {classes[y[i]]}")
-            row[0].set_ylabel(title, rotation=0, ha="right", va="center", parse_math=False)
-            for label, ax in enumerate(row[1:]):
-                _, _, x_fake = detector.mismatch(image, torch.tensor([label], device=y.device))
-                show(ax, x_fake)
-            frame(row[1 + y[i]])
-    for ax, title in zip(axes[0], ["x", *(f"as {name}" for name in classes)]):
-        ax.set_title(printable(title), parse_math=False)
+    """Of up to six classes the first test image, x' under its label and under the next, and below
+    each what the classifier reads off it; a block a run."""
+    runs = [args.run, *args.beside]
+    fig = Figure(figsize=(10, 6.4 / len(runs)), layout="constrained")
+    for block, args.run in zip(fig.subfigures(1, len(runs), squeeze=False)[0], runs):
+        detector, classifier, test = load_detector(args)
+        K = len(test.classes)
+        axes = block.subplots(3, min(6, K))
+        for k, column in enumerate(axes.T):
+            label = torch.tensor([k], device=test.y.device)
+            x = to_float(test.x[test.y == k][:1])
+            _, _, right = detector.mismatch(x, label)
+            _, _, wrong = detector.mismatch(x, (label + 1) % K)
+            for ax, image in zip(column, (x, right, wrong)):
+                show(ax, image)
+                read = test.classes[classifier(image).argmax(1)]
+                ax.set_xlabel(printable(read), fontsize=9, parse_math=False)
+        for ax, title in zip(axes[:, 0], ("x", "its label", "the next")):
+            ax.set_ylabel(title)
+    args.run = runs[0]
     return fig
-
-def frame(ax):
-    """A frame around a picture."""
-    border = Rectangle((0, 0), 1, 1, transform=ax.transAxes, fill=False, edgecolor="tab:orange",
-                       linewidth=4, clip_on=False)
-    ax.add_patch(border)
 
 @torch.no_grad()
 def draw_masks(args):
@@ -244,6 +239,8 @@ def main(argv=None):
     """Read the command line."""
     parser = make_parser(__doc__)
     parser.add_argument("--only", nargs="+", choices=FIGURES, default=list(FIGURES), help="[all]")
+    parser.add_argument("--beside", nargs="+", default=[], metavar="RUN",
+                        help="more runs for labels.png")
     parser.add_argument("--out", metavar="FOLDER", help="[RUN]")
     args = parser.parse_args(argv)
     for name in args.only:
