@@ -41,12 +41,13 @@ class MoodCat:
     scorers    {name: f}, f(x, x', y) -> (B,), higher = in-distribution
     mask       f(x, i) -> (x_m, M), the i-th mask of each image [ImageMask()]
     masks      a score is the mean over i = 0 to masks - 1 (the paper: 1)
-    rule       the row of RULES that is_ood() goes by
+    rule       what is_ood() goes by: a row of RULES, or one of the scorers alone
 
     Nets are set for inference, in place. Raises ValueError."""
     def __init__(self, generator, scorers, mask=None, masks=1, rule="fisher"):
-        if not scorers or rule not in RULES:
-            raise ValueError("a detector needs a scorer and a rule of moodcat.RULES")
+        if not scorers or rule not in (*RULES, *scorers):
+            raise ValueError("a detector needs scorers, and a rule: one of these alone, or a row of "
+                             "moodcat.RULES")
         self.generator = for_inference(generator)
         self.scorers = dict(scorers)
         self.mask = mask or ImageMask()
@@ -523,8 +524,8 @@ def joint_scores(scores, held_out):
 
 def fit_calibration(scores, tpr=0.95):
     """From scores {name: (n,)} of held-out in-distribution images under y = C(x): the even images'
-    for joint_scores(), and each rule's threshold, at which the odd ones promise that a share of at
-    least `tpr` of fresh images is accepted, whatever the scorers. Raises ValueError."""
+    for joint_scores(), and the threshold of each rule, and of each scorer alone, at which the odd ones
+    promise that a share of at least `tpr` of fresh images is accepted. Raises ValueError."""
     if not all(values.isfinite().all() for values in scores.values()):
         raise ValueError("a held-out image has a score that is not finite: check the scorers")
     even = {name: values[::2].clone() for name, values in scores.items()}
@@ -534,8 +535,8 @@ def fit_calibration(scores, tpr=0.95):
     k = math.ceil(tpr * (n + 1) - 1e-9)
     if not 0 < k <= n:
         raise ValueError(f"{n} held-out images (half of them) cannot fix a TPR of {tpr}: give more")
-    threshold = {rule: joint.topk(k).values[-1].item()
-                 for rule, joint in joint_scores(odd, even).items()}
+    threshold = {rule: values.topk(k).values[-1].item()
+                 for rule, values in (odd | joint_scores(odd, even)).items()}
     return dict(held_out=even, threshold=threshold, tpr=tpr)
 
 # --- Below: what serves the detector. The method is above. ---------------------------------------

@@ -547,6 +547,20 @@ def test_a_score_that_is_not_finite_rejects():
     detector.scorers["cb"].head.linear.bias.data.fill_(float("nan"))
     assert detector.is_ood(x, y).all()
 
+def test_a_rule_may_be_one_scorer_alone(tmp_path):
+    """Its threshold is that of the odd held-out images' own scores; nothing else is asked."""
+    x, y = images(80), torch.arange(80) % 3
+    logits = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(256, 3)).requires_grad_(False)
+    scorers = {"cb": BinaryScorer(3, 2, 1), "energy": moodcat.SCORERS["energy"](None, logits)}
+    detector = tiny_detector(scorers, rule="energy").calibrate(x, y, 0.9)
+    energy = logits(x).logsumexp(1)
+    threshold = energy[1::2].sort(descending=True).values[36]  # the 37th of 40: 37 / 41 >= 0.9
+    assert torch.equal(detector.is_ood(x, y), energy < threshold) and 0 < (energy < threshold).sum() < 20
+    detector.save(tmp_path / "d.pt")
+    assert MoodCat.load(tmp_path / "d.pt", classifier=logits).rule == "energy"
+    with pytest.raises(ValueError, match="a rule"):
+        tiny_detector({"cb": scorers["cb"]}, rule="energy")
+
 @pytest.mark.parametrize("scorers", [2, 3])
 @pytest.mark.parametrize("n", [40, 80, 180])
 def test_the_promised_tpr_holds_for_several_scorers(n, scorers):
@@ -559,6 +573,8 @@ def test_the_promised_tpr_holds_for_several_scorers(n, scorers):
         fresh = {k: v[n:] for k, v in s.items()}
         for rule, joint in joint_scores(fresh, fixed["held_out"]).items():
             accepted[rule].append((joint >= fixed["threshold"][rule]).double().mean().item())
+        alone = fresh["0"] >= fixed["threshold"]["0"]
+        accepted.setdefault("0", []).append(alone.double().mean().item())
     k = np.ceil(0.95 * (n // 2 + 1))
     for rule, shares in accepted.items():
         error = 3 * np.std(shares) / 400**0.5
@@ -926,6 +942,19 @@ def test_trainings_learn_and_evaluate_writes_numbers_that_agree(run):
     for name, share in shown["flagged"].items():
         ood = column(rows, "fisher with energy", name) < threshold
         assert ood.double().mean() == pytest.approx(share)
+
+def test_photographs_are_judged_by_energy_where_no_rule_is_named(run, tmp_path):
+    names = ["cb", "ssim", "energy"]
+    assert evaluate.default_rule("digits", names) == "fisher"
+    assert evaluate.default_rule("FOLDER", names) == evaluate.default_rule("cifar10", names) == "energy"
+    assert evaluate.default_rule("FOLDER", names[:2]) == "fisher"
+    evaluate.main(["--run", str(run), "--rule", "energy", "--out", str(tmp_path)])
+    shown, rows = results(tmp_path), table(tmp_path)
+    assert shown["rule"] == "energy" and shown["y = C(x)"] == results(run)["y = C(x)"]
+    threshold = load(tmp_path, "detector")["calibration"]["threshold"]["energy"]
+    for name, share in shown["flagged"].items():
+        ood = column(rows, "energy", name) < threshold
+        assert ood.double().mean() == pytest.approx(share, abs=1e-6)
 
 # --- Figure 2 and what evaluate.py scores --------------------------------------------------------
 def test_the_detector_masks_then_synthesises_under_y_then_compares(monkeypatch):
@@ -1389,6 +1418,8 @@ def test_the_last_sentence_follows_from_the_table(run, capsys):
     strong = {"unknown": dict(auroc=0.9), "else": dict(auroc=0.7)}
     said = evaluate.judgement(dict(energy=strong, MSP=weak, cb=weak), "cb")
     assert "best is energy with 80.0; the detector, cb, has 50.0 and does not beat energy (-30.0)" in said
+    said = evaluate.judgement(dict(energy=strong, MSP=weak, cb=weak), "energy")
+    assert said.endswith("the detector, energy, has 80.0 and beats MSP (+30.0).")
 
 def test_paper_is_one_word_for_the_papers_scorers(run, monkeypatch):
     asked = []

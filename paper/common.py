@@ -23,7 +23,7 @@ def score_run(run, sets, masks=1, mask=None):
     """Score {set: (uint8 images, truth, names)} with a TrainedRun, as evaluate.py does: the mean
     over `masks` masks, of another kind if `mask` is given. -> the calibrated detector, {(set,
     labels): Scored}, and the same of the held-out images, whose set is "held-out"."""
-    detector = MoodCat(run.G, run.scorers, mask or run.mask, masks)
+    detector = MoodCat(run.G, run.scorers, mask or run.mask, masks, run.rule)
     held_out = score_set(detector, run.classifier, "held-out", *run.held_out[:2])
     predicted = held_out["held-out", "C(x)"]
     calibrate(detector, run, predicted)

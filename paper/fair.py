@@ -147,12 +147,12 @@ def main(argv=None):
 
     tables = all_tables(scored)
     inside = as_arrays(scored["in-distribution", "C(x)"])
-    gains = {name: bootstrap(inside, as_arrays(scored[name, "C(x)"])) for name in sets
-             if name != "in-distribution"}
     print(f"{VIEW}\n{format_table(tables[VIEW])}")
-    for name, rows in gains.items():
+    gains = {method: {} for method in inside}
+    for name in list(sets)[1:]:
         print(f"\nAUROC above energy's on {name}, in points, 95% of {RESAMPLES} resamples:")
-        for method, row in rows.items():
+        for method, row in bootstrap(inside, as_arrays(scored[name, "C(x)"])).items():
+            gains[method][name] = row
             print("{:34s}{:+8.2f}{:+8.2f}{:+8.2f}".format(
                 method, *(100 * row[k] for k in ("gain", "low", "high"))))
     name = "fair.json" if args.dev is None else "fair-dev.json"

@@ -56,7 +56,7 @@ def main(argv=None):
     """Train what is not trained, score the run's sets, print and write the tables."""
     parser = Parser(__doc__, {"seed": SCORER["seed"]})
     parser.add_argument("--ood", nargs="+", default=[], metavar="SET", help="as evaluate.py's")
-    parser.set_defaults(scorers=["cb"], classifier=None, calibrate=None, seed=0)
+    parser.set_defaults(scorers=["cb"], classifier=None, rule=None, calibrate=None, seed=0)
     args = parser.parse_args(argv)
     run = TrainedRun(args)
     sets = gather_sets(args, run)

@@ -96,7 +96,7 @@ def read_flags(argv):
     add("--on", nargs="+", default=ON, choices=ON, help="in place of x' [%(default)s]")
     add("--per-class", type=int, help="training images of each class [all]")
     add("--dev", nargs="*", metavar="CLASS", help="as paper.fair's")
-    parser.set_defaults(scorers=["cb"], classifier=None, calibrate=None)  # for TrainedRun
+    parser.set_defaults(scorers=["cb"], classifier=None, rule=None, calibrate=None)  # for TrainedRun
     c_b = load_checkpoint(Path(parser.parse_args(argv).run, "scorer.pt"), "scorer")["settings"]
     return parse(parser, argv, {name: (c_b[name], row[-1]) for name, row in SCORER.items()})
 

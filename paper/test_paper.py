@@ -729,7 +729,7 @@ def test_every_method_alone_and_with_energy(runs, tmp_path, dev):
     joint = [joint_scores(s, reference)["fisher"] for s in pairs]
     assert rows["cb with energy"]["unknown"]["auroc"] == pytest.approx(
         ood_metrics(*joint)["auroc"], abs=1e-4)
-    gain = saved["gains"]["unknown"]["cb"]["gain"]
+    gain = saved["gains"]["cb"]["unknown"]["gain"]
     assert gain == pytest.approx(
         rows["cb"]["unknown"]["auroc"] - rows["energy"]["unknown"]["auroc"], abs=1e-6)
     # the features are what the last layer takes; a program shows none
