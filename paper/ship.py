@@ -48,6 +48,7 @@ def ship_detector(detector, path):
     detector.save(path)
     saved = load_checkpoint(path, "detector")
     saved["weights"] = {name: halved(weights) for name, weights in saved["weights"].items()}
+    del saved["calibration"]["notes"]["files"]  # the run's, whose halves lie beside this one
     save_checkpoint(path, saved)
 
 def write_pictures(folder, images, names):
