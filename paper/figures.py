@@ -11,6 +11,7 @@ the classifier reads. panel.png: Figures 6 and 7, ten test images of either kind
 """
 
 import json
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -98,8 +99,8 @@ def draw_labels(args):
     each what the classifier reads off it; a block a run."""
     runs = [args.run, *args.beside]
     fig = Figure(figsize=(10, 6.4 / len(runs)), layout="constrained")
-    for block, args.run in zip(fig.subfigures(1, len(runs), squeeze=False)[0], runs):
-        detector, classifier, test = load_detector(args)
+    for block, run in zip(fig.subfigures(1, len(runs), squeeze=False)[0], runs):
+        detector, classifier, test = load_detector(Namespace(**{**vars(args), "run": run}))
         K = len(test.classes)
         axes = block.subplots(3, min(6, K))
         for k, column in enumerate(axes.T):
@@ -113,7 +114,6 @@ def draw_labels(args):
                 ax.set_xlabel(printable(read), fontsize=9, parse_math=False)
         for ax, title in zip(axes[:, 0], ("x", "its label", "the next")):
             ax.set_ylabel(title)
-    args.run = runs[0]
     return fig
 
 @torch.no_grad()

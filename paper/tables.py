@@ -107,11 +107,9 @@ def main(argv=None):
     parser.add_argument("--out", help="folder for tables.json and TABLES.md [print them]")
     args = parser.parse_args(argv)
     used = {}
-    before = dict(tables=[], runs={})
-    file = Path(args.out or args.folder, "tables.json")
-    if args.out and file.exists():
-        before = read_json(file)
-        before["runs"] = dict(before["runs"])
+    before = dict(tables=[], runs=[])
+    if args.out and Path(args.out, "tables.json").exists():
+        before = read_json(Path(args.out, "tables.json"))
     by_title = {table["title"]: table for table in before["tables"]}
     tables = [gather(table, args.folder, used, by_title.get(table["title"]))
               for table in read_json(SPEC)]
@@ -122,8 +120,9 @@ def main(argv=None):
         return print(text, end="")
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    content = json_lines(tables), json_lines((before["runs"] | used).items())
-    file.write_text('{"tables": [\n%s],\n"runs": [\n%s]}\n' % content)
+    runs = dict(before["runs"]) | used
+    content = json_lines(tables), json_lines(runs.items())
+    (out / "tables.json").write_text('{"tables": [\n%s],\n"runs": [\n%s]}\n' % content)
     (out / "TABLES.md").write_text(text)
     print(f"{out}/TABLES.md, {out}/tables.json: {len(used)} files, {len(tables)} tables")
 
