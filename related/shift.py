@@ -33,7 +33,7 @@ import torch.nn.functional as F
 
 from evaluate import Scored, odin, tabulate
 from moodcat import concatenated, random_mask
-from related.common import choose_sets, report
+from related.common import choose_sets, join_with_energy, report
 from train_gen import Parser, Run, parse, random_batch, run_script, seed_step, to_float
 from train_scorer import (augment, load_classifier, load_generator, mismatched, predict,
                           training_split)
@@ -154,8 +154,13 @@ def main(argv=None):
             psi = train_psi(job, erase, fill, torch.cat(fakes[:K]), K)
             networks[f"SHIFT {erase}+{fill} K={K}"] = psi
     scored = {}
-    for name, (x, truth, _) in sets.items():
+    scored_sets = dict(sets)
+    if not args.dev:  # there they are the in-distribution set
+        scored_sets["held-out"] = (*job.data.held_out_images(), None)
+    for name, (x, truth, _) in scored_sets.items():
         scored[name, "C(x)"] = score(job.net, networks, x, truth, len(job.data.classes))
+    if not args.dev:
+        join_with_energy(networks, scored, scored_sets, job.data, job.net)
     rows = tabulate(scored, "C(x)", "C(x)")
     path = Path(args.run, "shift_dev.json" if args.dev else "shift.json")
     beside = [] if args.dev else ["results.json", "mood.json"]

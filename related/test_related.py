@@ -18,8 +18,9 @@ import evaluate
 import train_gen
 import train_scorer
 from evaluate import ood_metrics
-from moodcat import Generator
+from moodcat import Generator, log_p_values
 from related import mood, shift
+from related.common import join_with_energy
 from train_gen import run_script, to_float
 
 # --- MOOD ----------------------------------------------------------------------------------------
@@ -243,6 +244,24 @@ def test_mood_resumed_is_uninterrupted_and_scores_any_batch(tmp_path, monkeypatc
     for method, values in scored["all", "C(x)"].scores.items():
         assert torch.allclose(values[7:8], some[method], rtol=1e-3), method
 
+def test_methods_join_the_classifiers_energy():
+    sets, scored = {}, {}
+    for name, n in (("held-out", 40), ("unknown", 30)):
+        images = torch.randint(256, (n, 1, 4, 4), dtype=torch.uint8)
+        sets[name] = (images, None, None)
+        scores = {"m": images.float().std((1, 2, 3)), "alone": torch.arange(n)}
+        scored[name, "C(x)"] = evaluate.Scored(None, None, scores)
+    energy = lambda x: torch.logaddexp(x.mean((1, 2, 3)), 3 * x[:, 0, 0, 0])
+    classifier = lambda x: torch.stack([x.mean((1, 2, 3)), 3 * x[:, 0, 0, 0]], 1)
+    h, s = (to_float(sets[name][0]) for name in ("held-out", "unknown"))
+    h_m, s_m = (scored[name, "C(x)"].scores["m"] for name in ("held-out", "unknown"))
+    join_with_energy(["m"], scored, sets, SimpleNamespace(classes=["a", "b"]), classifier)
+    assert list(scored) == [("unknown", "C(x)")]
+    wanted = log_p_values(s_m, h_m[::2]) + log_p_values(energy(s), energy(h)[::2])
+    found = scored["unknown", "C(x)"].scores
+    assert list(found) == ["m", "alone", "energy", "m with energy"]
+    assert torch.allclose(found["m with energy"], wanted.float(), atol=1e-4)
+
 def test_mood_end_to_end_and_bad_input(run, capsys, monkeypatch):
     few = ["--run", run, "--device", "cpu", "--steps", "3", "--finetune-steps", "2"]
     split, drawn = train_gen.Split("digits", "train", size=16), []
@@ -264,7 +283,8 @@ def test_mood_end_to_end_and_bad_input(run, capsys, monkeypatch):
     assert saved["settings"]["mood"].keys() >= {*mood.MOOD, *mood.FINETUNING}
     assert all(name in shown for name in ("MSP", "cb", *rows)) and saved["n"]["unknown"] == 238
     assert {"MOOD neither cc", "MOOD ft long shared", "MOOD pt one",
-            "MOOD ft one", "MOOD pt+ft one", "MOOD pt+ft GradNorm"} <= set(rows)
+            "MOOD ft one", "MOOD pt+ft one", "MOOD pt+ft GradNorm",
+            "MOOD pt+ft cc with energy"} <= set(rows)
     results = Path(run, "results.json")
     whole = json.loads(results.read_text())
     for change in (dict(n=dict(whole["n"], unknown=237)),
@@ -279,6 +299,7 @@ def test_mood_end_to_end_and_bad_input(run, capsys, monkeypatch):
     held_out = split.y[split.held_out]
     assert saved["n"] == {"in-distribution": (held_out < 4).sum(), "unknown": (held_out > 3).sum()}
     assert "MSP" not in capsys.readouterr().out
+    assert not any("with energy" in name for name in saved[VIEW])
     for words in (["--dev", "0", "1", "2", "3", "4"], ["--dev", "4", "--ood", "svhn"]):
         with pytest.raises(ValueError, match="must leave two"):
             mood.main([*few, *words])
@@ -460,7 +481,8 @@ def test_shift_end_to_end_and_bad_input(tmp_path, monkeypatch, capsys):
     assert settings.keys() >= {"erase", "fill", "fakes", *shift.FAKES, *shift.PSI}
     assert settings["steps"] == 12
     names = [f"SHIFT {e}+{f} K=1" for e in ("cam", "random") for f in ("zero", "generator")]
-    assert list(first) == ["MSP", "energy", "ODIN", *names] and read("shift.json")["versions"]
+    joined = [f"{name} with energy" for name in names]
+    assert list(first) == ["MSP", "energy", "ODIN", *names, *joined] and read("shift.json")["versions"]
     evaluate.main(["--run", run])
     assert read("results.json")[VIEW]["MSP"] == first["MSP"]  # and its accuracy
     shift.main([*flags, "--fill", "zero", "--fakes", "1", "2", "--dev", "4", "5"])
@@ -475,8 +497,9 @@ def test_shift_end_to_end_and_bad_input(tmp_path, monkeypatch, capsys):
     assert all(again[k] == first[k] for k in again) and "\ncb " in capsys.readouterr().out
     other_classifier = dict(read("results.json"), classifier="0")
     (tmp_path / "run" / "results.json").write_text(json.dumps(other_classifier))
-    mood.main(["--run", run, "--steps", "3", "--finetune-steps", "2"])
-    assert f"no rows of {run}/shift.json" in (shown := capsys.readouterr().out) and "\ncb " in shown
+    mood.main(["--run", run, "--steps", "3", "--finetune-steps", "2"])  # its rows with energy count
+    assert f"no rows of {run}/results.json" in (shown := capsys.readouterr().out)
+    assert "\ncb " not in shown and "\nSHIFT cam+zero K=1 " in shown
     shift.main([*flags, "--fill", "zero"])
     assert f"no rows of {run}/results.json" in (shown := capsys.readouterr().out)
     assert "\ncb " not in shown and "\nMOOD pt+ft one " in shown
