@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from evaluate import PROTOCOLS, Scored, add_joint_scores, calibrate, score_set, tabulate
-from moodcat import MoodCat, joint_scores
+from evaluate import (PROTOCOLS, Scored, add_joint_scores, calibrate, format_table, score_set,
+                      tabulate)
+from moodcat import ImageMask, MoodCat, joint_scores
 from train_gen import Parser, Split, stored_settings
 from train_scorer import load_classifier
 
@@ -63,6 +64,22 @@ def add_energy(scored, held_out, methods, title="{} with energy"):
         reference = {name: held_out[name][::2] for name in (method, "energy")}
         for s in scored.values():
             s.scores[title.format(method)] = joint_scores(s.scores, reference)["fisher"]
+
+def tables_with_energy(run, G, scorers, sets):
+    """The sets of a TrainedRun by scorers {name: f(x, x', y)} of what G makes of them, alone and
+    joined with energy: prints the tables, -> {protocol: {method: {set: metrics}}}."""
+    settings = run.generator["settings"]
+    mask = ImageMask(settings["mask_ratio"], style=settings["mask"])  # the same for every seed
+    detector = MoodCat(G, scorers, mask)
+    held_out = score_set(detector, run.classifier, "held-out", *run.held_out[:2])
+    scored = {}
+    for name, (x, truth, _) in sets.items():
+        scored |= score_set(detector, run.classifier, name, x, truth)
+    add_energy(scored, held_out["held-out", "C(x)"].scores, scorers, "{}, with energy")
+    tables = all_tables(scored)
+    for protocol, table in tables.items():
+        print(f"\n{protocol}\n{format_table(table)}")
+    return tables
 
 # --- What evaluate.py wrote ----------------------------------------------------------------------
 def read_json(path):

@@ -10,13 +10,12 @@ interruption add --resume.
 from argparse import Namespace
 from pathlib import Path
 
-
 import torch
 
 import train_gen
-from evaluate import TrainedRun, format_table, gather_sets, provenance, score_set, write_json
-from moodcat import SCORERS, ImageMask, MoodCat, for_inference
-from paper.common import add_energy, all_tables, subset
+from evaluate import TrainedRun, gather_sets, provenance, write_json
+from moodcat import SCORERS, for_inference
+from paper.common import subset, tables_with_energy
 from train_gen import SETTINGS, Parser, Split, run_script
 from train_scorer import SCORER, load_generator, train_scorer
 
@@ -76,16 +75,7 @@ def main(argv=None):
         scorers[f"C_b, {title}"] = for_inference(training.stateful["scorer"])
         settings[f"C_b, {title}"] = training.state["settings"]
 
-    # all sets, alone and joined with energy
-    detector = MoodCat(G, scorers, ImageMask(of_c_b["mask_ratio"], style=of_c_b["mask"]))
-    held_out = score_set(detector, run.classifier, "held-out", *run.held_out[:2])
-    scored = {}
-    for name, (x, truth, _) in sets.items():
-        scored |= score_set(detector, run.classifier, name, x, truth)
-    add_energy(scored, held_out["held-out", "C(x)"].scores, scorers)
-    tables = all_tables(scored)
-    for protocol, table in tables.items():
-        print(f"\n{protocol}\n{format_table(table)}")
+    tables = tables_with_energy(run, G, scorers, sets)
     write_json(folder.with_suffix(".json"), dict(provenance(), settings=settings, **tables))
 
 if __name__ == "__main__":

@@ -20,9 +20,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from evaluate import TrainedRun, format_table, provenance, score_set, write_json
-from moodcat import SCORERS, ImageMask, MoodCat, for_inference, load_checkpoint, ssim
-from paper.common import add_energy, all_tables, subset
+from evaluate import TrainedRun, provenance, write_json
+from moodcat import SCORERS, ImageMask, for_inference, load_checkpoint, ssim
+from paper.common import subset, tables_with_energy
 from paper.fair import chosen_sets
 from paper.scorers import ROWS
 from train_gen import Parser, parse, run_script, to_float
@@ -123,18 +123,7 @@ def main(argv=None):
         title = f"{'C_b' if args.scorer == 'cb' else args.scorer} on {name}"
         scorers[title], settings[title] = train_on(name, makers[name], args, run, data)
 
-    # all sets under each of them, alone and joined with energy
-    generator = run.generator["settings"]
-    detector = MoodCat(run.G, scorers, ImageMask(generator["mask_ratio"], style=generator["mask"]))
-    held_out = score_set(detector, run.classifier, "held-out", *run.held_out[:2])
-    held_out = held_out["held-out", "C(x)"].scores
-    scored = {}
-    for name, (x, truth, _) in sets.items():
-        scored |= score_set(detector, run.classifier, name, x, truth)
-    add_energy(scored, held_out, scorers, "{}, with energy")
-    tables = all_tables(scored)
-    for protocol, table in tables.items():
-        print(f"\n{protocol}\n{format_table(table)}")
+    tables = tables_with_energy(run, run.G, scorers, sets)
     parts = ["limits", args.scorer if args.scorer != "cb" else None, args.per_class,
              None if args.dev is None else "dev"]
     name = "-".join(str(part) for part in parts if part)

@@ -603,7 +603,7 @@ def test_halves_are_of_each_class_and_g_knows_one(runs, tmp_path, monkeypatch):
     assert {k for k in ours if ours[k] != saved["G"][k]} == {"n"}
     assert saved["0"]["generator"] == saved["1"]["generator"] and saved["1"]["half"] == 1
     rows = results(run, "halves.json")["y = C(x)"]
-    assert {"C_b, the same images", "C_b, other images with energy"} < set(rows)
+    assert {"C_b, the same images", "C_b, other images, with energy"} < set(rows)
     assert train_gen.Split is halves.Split, "the half stays for others"
 
 def test_scores_in_the_hole_see_the_hole_alone(runs, tmp_path):
