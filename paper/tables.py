@@ -5,7 +5,7 @@
 
 A cell is at [view][method][set][metric] of a JSON file in each run folder that a pattern matches;
 table, row or column says which; the set "mean" is the mean over all sets. It shows mean ± standard
-deviation (ddof 1) over those runs. A row that no run here fills stays as --out has it: no machine
+deviation (ddof 1) over those runs. A cell that no run here fills stays as --out has it: no machine
 holds all runs.
 """
 
@@ -38,7 +38,7 @@ def values_of(folder, cell, used):
 
 def gather(table, folder, used, before=None):
     """A table of the list -> dict of title, note, command, head, rows (text), `values`, each run's
-    number for each cell of ours, and `open`, the rows that no run fills, nor `before`, what this
+    number for each cell of ours, and `open`, the rows that no runs fill, nor `before`, what this
     function has returned earlier. Raises ValueError."""
     columns = [dict(metric=c) if isinstance(c, str) else c for c in table["columns"]]
     heads = [column.get("head") or COLUMNS[column["metric"]] for column in columns]
@@ -60,23 +60,28 @@ def gather(table, folder, used, before=None):
     for row, paper in zip(table["rows"], papers):
         cells = [{**DEFAULT, **table, **row, **column} for column in columns]
         ours = [values_of(folder, cell, used) for cell in cells]
-        no_base = table.get("gain") and lines and not first  # its first row is an earlier one
-        if no_base or not all(map(len, ours)):
-            if row["label"] in kept:
-                line, values = kept[row["label"]]
-                lines.append(line)
-                numbers.append(values)
-            else:
-                missing.append(row["label"])
+        old_line, old_values = kept.get(row["label"], (None, None))
+        texts = []
+        values = []
+        for i, found in enumerate(ours):
+            comparable = not (table.get("gain") and first) or len(first[i]) == len(found)
+            if len(found) and comparable:
+                text = mean_std(found, digits[i])
+                if table.get("gain") and first:
+                    text += f" ({mean_std(found - first[i], sign='+')})"
+                texts.append(text)
+                values.append(found.round(4).tolist())
+            else:  # as it was
+                texts.append(old_line and old_line[2 + i])
+                values.append(old_values and old_values[i])
+        if None in texts:
+            missing.append(row["label"])
             continue
-        texts = [mean_std(values, d) for values, d in zip(ours, digits)]
-        if table.get("gain") and first:
-            gains = [mean_std(values - base, sign="+") for values, base in zip(ours, first)]
-            texts = [f"{text} ({gain})" for text, gain in zip(texts, gains)]
         first = first or ours
+        runs = str(len(ours[0])) if len(ours[0]) else old_line[1]
         theirs = [paper_cell(paper[i], digits[i]) for i in given]
-        lines.append([row["label"], str(len(ours[0])), *texts, *theirs])
-        numbers.append([values.round(4).tolist() for values in ours])
+        lines.append([row["label"], runs, *texts, *theirs])
+        numbers.append(values)
     return dict(title=table["title"], note=table["note"], command=table["command"], rows=lines,
                 head=head, values=numbers, open=missing)
 

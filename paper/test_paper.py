@@ -310,6 +310,8 @@ def test_tables_are_means_over_the_runs_and_go_only_where_told(runs, tmp_path, m
         dict(label="cb", runs="a-?", method="cb", paper=[90.5]),
         dict(label="ssim", runs="a-?", method="ssim"), later])]
     spec.append(dict(common_part, title="Open", rows=[later]))
+    columns = [dict(head=k, runs=f"{k}-?", metric="auroc") for k in "ab"]
+    spec.append(dict(common_part, title="Two", columns=columns, rows=[dict(label="cb", method="cb")]))
     (tmp_path / "spec.json").write_text(json.dumps(spec))
     monkeypatch.setattr(tables, "SPEC", tmp_path / "spec.json")
     before = {p: p.read_bytes() for p in (ROOT / "results").glob("*.*")}
@@ -337,7 +339,7 @@ def test_tables_are_means_over_the_runs_and_go_only_where_told(runs, tmp_path, m
     shutil.copytree(runs / "a-0", tmp_path / "more" / "b-0")
     tables.main([str(tmp_path / "more"), "--out", str(tmp_path / "out")])
     after = json.loads((tmp_path / "out" / "tables.json").read_text())
-    first, other = after["tables"]
+    first, other, _ = after["tables"]
     assert first["rows"][:2] == written["tables"][0]["rows"] and first["open"] == ["later"]
     assert first["values"] == written["tables"][0]["values"]
     assert other["rows"] == [["later", "1", f"{values['cb'][0]:.2f}"]]
@@ -345,6 +347,17 @@ def test_tables_are_means_over_the_runs_and_go_only_where_told(runs, tmp_path, m
     tables.main([str(tmp_path / "more"), "--out", str(tmp_path / "new")])
     new = json.loads((tmp_path / "new" / "tables.json").read_text())["tables"]
     assert [row[0] for row in new[0]["rows"]] == ["later"] and new[0]["open"] == ["cb", "ssim"]
+    assert new[2]["open"] == ["cb"]  # half a row
+
+    # of a row, the cells of the runs that are here are new, the others stay
+    for i in (0, 1):
+        shutil.copytree(runs / f"a-{i}", tmp_path / "more" / f"a-{i}")
+    tables.main([str(tmp_path / "more"), "--out", str(tmp_path / "new")])
+    shutil.copytree(runs / "a-1", tmp_path / "third" / "b-0")
+    tables.main([str(tmp_path / "third"), "--out", str(tmp_path / "new")])
+    two = json.loads((tmp_path / "new" / "tables.json").read_text())["tables"][2]
+    assert two["rows"] == [["cb", "2", show(values["cb"]), f"{values['cb'][1]:.2f}"]]
+    assert two["values"] == [[np.round(values["cb"], 4).tolist(), [round(values["cb"][1], 4)]]]
 
 def test_a_mean_over_sets_is_that_of_the_sets():
     rows = dict(a=dict(auroc=0.5), b=dict(auroc=0.7), c=dict(auroc=0.9))
