@@ -163,7 +163,7 @@ def make_parser(doc):
     add("--scorers", nargs="+", choices=[*SCORERS, "paper"], default=DEFAULT_SCORERS,
         help=f"paper: {PAPER_SCORERS}, which fetch 528 MB [%(default)s]")
     add("--rule", choices=[*RULES, *SCORERS], help="what rejects: a joint score, or a scorer alone "
-        "[digits fisher; photographs energy, which nothing joined beat in development]")
+        "[digits fisher; photographs energy, as development chose]")
     add("--masks", type=int, default=1, help="average each score over so many masks [%(default)s]")
     add("--classifier", help="another run's, or a program, as trained with")
     add("--calibrate", help="folder of <class>/ with images that no net has seen, to fix the "

@@ -2,7 +2,7 @@
 
 For a classifier C and an image x with prediction y = C(x): mask a random part of x, synthesise a
 whole image x' from what is left and y, and measure how far x' is from x. An in-distribution image
-comes back as itself, an OOD image as something of class y. This file is the method, the detector
+should come back as itself, an OOD image as something of class y. This file is the method, the detector
 first; train_gen.py and train_scorer.py train it, evaluate.py measures it.
 
     symbol     meaning                                     shape, range
