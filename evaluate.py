@@ -14,7 +14,6 @@ import csv
 import io
 import json
 import subprocess
-import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -26,7 +25,7 @@ from tqdm import tqdm
 
 from moodcat import (RULES, SCORERS, ImageMask, MoodCat, Trained, concatenated, fit_calibration,
                      joint_scores, load_checkpoint, load_weights, write_whole)
-from train_gen import (TORCHVISION, Parser, find_images, image_files, image_hashes,
+from train_gen import (TORCHVISION, Parser, command_line, find_images, image_files, image_hashes,
                        read_images, run_script, to_float)
 from train_scorer import (fingerprint, load_classifier, load_generator, predict, training_split,
                           weaknesses)
@@ -358,8 +357,7 @@ def provenance():
     revision = subprocess.run("git describe --always --dirty=+", shell=True, text=True,
                               cwd=Path(__file__).parent, capture_output=True).stdout.strip()
     versions = {name: version(name) for name in ("torch", "scikit-learn", "numpy")}
-    command = " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
-    return dict(command=command, revision=revision, versions=versions,
+    return dict(command=command_line(), revision=revision, versions=versions,
                 threads=torch.get_num_threads())
 
 # --- Your pictures -------------------------------------------------------------------------------

@@ -1382,6 +1382,14 @@ def test_own_images_fix_the_thresholds_where_asked(copy, tmp_path):
     threshold = load(copy, "detector")["calibration"]["threshold"]
     assert threshold == pytest.approx(fit_calibration(held)["threshold"], abs=1e-3)
 
+def test_the_recorded_command_can_be_called_again(monkeypatch, tmp_path):
+    called = ["/venv/bin/python3", "-m", "paper.fair", "--run", "my runs/a", "--on", "x"]
+    monkeypatch.setattr("sys.orig_argv", called)
+    wanted = "python -m paper.fair --run 'my runs/a' --on x"
+    assert evaluate.provenance()["command"] == wanted
+    start(train_gen.main, "--run", tmp_path, "--steps", 1, "--ch", 2, "--batch-size", 2)
+    assert load(tmp_path, "generator")["command"] == wanted
+
 def test_warnings_say_what_to_do():
     """issue: 'does it take [-1, 1]?' whatever was seen; a useless C_b passed without a word."""
     def lines(accuracy=0.98, classifier=None, aurocs=(0.7, 0.9), **changes):

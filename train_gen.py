@@ -14,6 +14,7 @@ import argparse
 import hashlib
 import json
 import os
+import shlex
 import sys
 import time
 from multiprocessing.pool import ThreadPool
@@ -324,6 +325,10 @@ def stored_settings(run, name):
     path = Path(run, f"{name}.pt")
     return load_checkpoint(path, name)["settings"] if path.exists() else {}
 
+def command_line():
+    """How this program was called, to be called so again."""
+    return shlex.join(["python", *sys.orig_argv[1:]])
+
 def count_steps(name, steps, batch_size, n):
     """steps, where they are Passes over n images: as many as those need. Says what that is."""
     if isinstance(steps, Passes):
@@ -404,7 +409,7 @@ class Run:
         settings |= dict(more, data=data.source, classes=data.classes, channels=data.channels, n=data.n,
                          fingerprint=data.fingerprint, processes=WORLD)
         self.state = dict(kind=name, step=0, steps=steps, settings=settings, lines=[], values={},
-                          command=" ".join(["python", *sys.argv]))
+                          command=command_line())
         self.ours = self.path.exists()
         saved = load_checkpoint(self.path, name, args.device) if self.ours else None
         if self.ours and not refuse_changes(self.path, saved["settings"], settings, args):

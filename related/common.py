@@ -40,7 +40,6 @@ def report(path, settings, sets, rows, beside, **more):
     record, and print them below those of the files `beside` it."""
     n = {name: len(x) for name, (x, _, _) in sets.items()}
     results = dict(provenance(), settings=settings, n=n, **more)
-    results["command"] = " ".join([f"python -m related.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
     for package in OPTIONAL:
         if sys.modules.get(package):
             results["versions"][package] = sys.modules[package].__version__
