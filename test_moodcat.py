@@ -1713,7 +1713,8 @@ def test_every_setting_of_the_tables_is_a_flag_and_is_recorded(whole):
         assert not table.keys() - load(whole, name)["settings"].keys()
 
 def test_kill_9_at_any_moment_changes_nothing(whole, tmp_path):
-    code = ("import train_gen; train_gen.SAVE_SECONDS = 0; train_gen.LOG_EVERY = 1; "
+    code = ("import torch, train_gen; torch.set_num_threads(1); "  # as here: other threads, other sums
+            "train_gen.SAVE_SECONDS = 0; train_gen.LOG_EVERY = 1; "
             "train_gen.run_script(train_gen.main)")
     (main, *argv), log = short(tmp_path)[0], tmp_path / "generator.jsonl"
     words = [sys.executable, "-c", code, *map(str, argv), "--device", "cpu"]
