@@ -33,7 +33,8 @@ import torch.nn.functional as F
 
 from evaluate import Scored, odin, tabulate
 from moodcat import concatenated, random_mask
-from related.common import choose_sets, join_with_energy, report
+from paper.common import add_energy
+from related.common import choose_sets, report
 from train_gen import Parser, Run, parse, random_batch, run_script, seed_step, to_float
 from train_scorer import (augment, load_classifier, load_generator, mismatched, predict,
                           training_split)
@@ -160,7 +161,7 @@ def main(argv=None):
     for name, (x, truth, _) in scored_sets.items():
         scored[name, "C(x)"] = score(job.net, networks, x, truth, len(job.data.classes))
     if not args.dev:
-        join_with_energy(networks, scored, scored_sets, job.data, job.net)
+        add_energy(scored, scored.pop(("held-out", "C(x)")).scores, networks)
     rows = tabulate(scored, "C(x)", "C(x)")
     path = Path(args.run, "shift_dev.json" if args.dev else "shift.json")
     beside = [] if args.dev else ["results.json", "mood.json"]
