@@ -1264,9 +1264,8 @@ def test_steps_follow_passes_and_the_kind_of_device(folder, tmp_path, monkeypatc
                 value = values[min(column, len(values) - 1)]
                 assert getattr(args, name) == value, (data, device, name)
     monkeypatch.undo()
-    passes = train_gen.Passes(6)
-    assert train_gen.count_steps("C_b", passes, 32, 2700) == 506  # 6 * 2700 / 32
-    assert train_gen.count_steps("C_b", passes, 512, 10) == 1
+    assert train_gen.count_steps("C_b", 6.0, 32, 2700) == 506  # 6 * 2700 / 32
+    assert train_gen.count_steps("C_b", 6.0, 512, 10) == 1
     assert train_gen.count_steps("C_b", 7, 32, 64) == 7
     assert "C_b: 7 steps of 32 images, 3.5 passes over 64 " in capsys.readouterr().out
     start(train_gen.main, "--run", tmp_path / "new", "--data", folder, "--ch", 2, "--image-size", 16)

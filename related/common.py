@@ -8,8 +8,6 @@ from types import SimpleNamespace
 import torch
 
 from evaluate import format_table, gather_sets, provenance, write_json
-from paper.common import add_energy
-from train_scorer import predict
 
 PROTOCOL = "y = C(x)"  # that of evaluate.PROTOCOLS by which MOOD and SHIFT are scored
 OPTIONAL = "timm", "transformers", "diffusers"
@@ -25,15 +23,6 @@ def choose_sets(args, data, unknown):
     if len(sets) < 2:
         raise ValueError("no image is OOD: name OOD sets after --ood")
     return sets
-
-def join_with_energy(methods, scored, sets, data, classifier):
-    """To each Scored of {(set, "C(x)")} these methods joined with the classifier's energy, by the
-    rule of paper.fair. The p-values are those of the set "held-out", which leaves `scored`."""
-    for (name, _), s in scored.items():
-        logits = predict(classifier, sets[name][0], len(data.classes))
-        s.scores["energy"] = logits.logsumexp(1).cpu()
-    held_out = scored.pop(("held-out", "C(x)")).scores
-    add_energy(scored, held_out, methods)
 
 def report(path, settings, sets, rows, beside, **more):
     """Write the rows {method: {set: metrics}} to RUN/<method>.json, with what there is `more` to

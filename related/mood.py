@@ -22,10 +22,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from evaluate import Scored, tabulate
-from related.common import choose_sets, join_with_energy, report
+from paper.common import add_energy
+from related.common import choose_sets, report
 from train_gen import (Parser, Run, averaged, parse, random_batch, run_script, seed_step,
                        to_float)
-from train_scorer import (augment, fingerprint, load_classifier, load_generator,
+from train_scorer import (augment, fingerprint, load_classifier, load_generator, predict,
                           training_split)
 
 # Minutes on a core; chosen on the digits' development splits (results/DEVELOPMENT.md), those of
@@ -139,29 +140,31 @@ def main(argv=None):
     name = "mood" if args.backbone == "vit" else "mood_timm"
     title = "MOOD" if args.backbone == "vit" else args.backbone
     rows = {}
-    nets = train_stages(args, data)
-    for stage, net in nets.items():
-        scored = score(stage, net, *data.training_images(), sets, title)
-        rows.update(tabulate(scored, "C(x)", "C(x)"))
     more = {}
-    if Path(args.run, "classifier.pt").exists():  # that MoodCat protects; none beside --dev
-        joined, more["classifier"] = with_energy(args, data, sets, nets["pt+ft"], title)
-        rows.update(joined)
+    held_out = *data.held_out_images(), None
+    for stage, net in train_stages(args, data).items():
+        scored = score(stage, net, *data.training_images(), {**sets, "held-out": held_out}, title)
+        if stage == "pt+ft" and Path(args.run, "classifier.pt").exists():  # none beside --dev
+            more["classifier"] = join_with_energy(args, data, scored, sets, title)
+        scored.pop(("held-out", "C(x)"))
+        rows.update(tabulate(scored, "C(x)", "C(x)"))
     settings = dict(generator=generator["settings"], mood=dict(vars(args), classes=data.classes))
     beside = [] if args.dev else ["results.json", "shift.json"]
     report(Path(args.run, f"{name}.json"), settings, sets, rows, beside, **more)
 
 # --- Below: what serves it. ----------------------------------------------------------------------
-def with_energy(args, data, sets, net, title):
-    """The distances of the last stage's net joined with the energy of the run's classifier, as rows
-    {method: {set: metrics}}; that classifier's id. Raises OSError or ValueError."""
+def join_with_energy(args, data, scored, sets, title):
+    """To each Scored the distances joined with the energy of the classifier that MoodCat protects, by
+    the rule of paper.fair; that classifier's id. Raises OSError or ValueError."""
     classifier, its_id, _ = load_classifier(args.run, None, args.device, data.classes)
-    sets = {**sets, "held-out": (*data.held_out_images(), None)}
-    scored = score("pt+ft", net, *data.training_images(), sets, title)
+    images = {**{name: x for name, (x, _, _) in sets.items()}, "held-out": data.held_out_images()[0]}
+    for (name, _), s in scored.items():
+        s.scores["energy"] = predict(classifier, images[name], len(data.classes)).logsumexp(1).cpu()
     methods = [f"{title} pt+ft {distance}" for distance in ("one", "cc", "shared")]
-    join_with_energy(methods, scored, sets, data, classifier)
-    rows = tabulate(scored, "C(x)", "C(x)")
-    return {name: row for name, row in rows.items() if name.endswith("with energy")}, its_id
+    add_energy(scored, scored["held-out", "C(x)"].scores, methods)
+    for s in scored.values():
+        del s.scores["energy"]  # not MOOD's
+    return its_id
 
 def read_flags(argv):
     """The command line, the generator's checkpoint, the training split and the sets to score; for

@@ -20,7 +20,6 @@ import train_scorer
 from evaluate import ood_metrics
 from moodcat import Generator, log_p_values
 from related import mood, shift
-from related.common import join_with_energy
 from train_gen import run_script, to_float
 
 # --- MOOD ----------------------------------------------------------------------------------------
@@ -244,23 +243,29 @@ def test_mood_resumed_is_uninterrupted_and_scores_any_batch(tmp_path, monkeypatc
     for method, values in scored["all", "C(x)"].scores.items():
         assert torch.allclose(values[7:8], some[method], rtol=1e-3), method
 
-def test_methods_join_the_classifiers_energy():
-    sets, scored = {}, {}
-    for name, n in (("held-out", 40), ("unknown", 30)):
-        images = torch.randint(256, (n, 1, 4, 4), dtype=torch.uint8)
-        sets[name] = (images, None, None)
-        scores = {"m": images.float().std((1, 2, 3)), "alone": torch.arange(n)}
-        scored[name, "C(x)"] = evaluate.Scored(None, None, scores)
+def test_distances_join_the_classifiers_energy(monkeypatch):
+    data = train_gen.Split("digits", "train", size=16)
+    held_out, unknown = data.held_out_images()[0], data.other("test").unknown
     energy = lambda x: torch.logaddexp(x.mean((1, 2, 3)), 3 * x[:, 0, 0, 0])
-    classifier = lambda x: torch.stack([x.mean((1, 2, 3)), 3 * x[:, 0, 0, 0]], 1)
-    h, s = (to_float(sets[name][0]) for name in ("held-out", "unknown"))
-    h_m, s_m = (scored[name, "C(x)"].scores["m"] for name in ("held-out", "unknown"))
-    join_with_energy(["m"], scored, sets, SimpleNamespace(classes=["a", "b"]), classifier)
-    assert list(scored) == [("unknown", "C(x)")]
-    wanted = log_p_values(s_m, h_m[::2]) + log_p_values(energy(s), energy(h)[::2])
-    found = scored["unknown", "C(x)"].scores
-    assert list(found) == ["m", "alone", "energy", "m with energy"]
-    assert torch.allclose(found["m with energy"], wanted.float(), atol=1e-4)
+    classifier = lambda x: torch.cat([torch.stack([x.mean((1, 2, 3)), 3 * x[:, 0, 0, 0]], 1),
+                                      torch.full((len(x), 4), -1e9)], 1)
+    monkeypatch.setattr(mood, "load_classifier", lambda *_: (classifier, "its id", None))
+    scored = {}
+    for name, x in (("held-out", held_out), ("unknown", unknown)):
+        scores = {f"MOOD pt+ft {kind}": to_float(x).std((1, 2, 3)) * i
+                  for i, kind in enumerate(("one", "cc", "shared"), 1)}
+        scored[name, "C(x)"] = evaluate.Scored(None, None, dict(scores, alone=torch.arange(len(x))))
+    h, s = scored.values()
+    args = SimpleNamespace(run="run", device="cpu")
+    sets = dict(unknown=(unknown, None, None))
+    assert mood.join_with_energy(args, data, scored, sets, "MOOD") == "its id"
+    assert list(s.scores) == ["MOOD pt+ft one", "MOOD pt+ft cc", "MOOD pt+ft shared", "alone",
+                              *(f"MOOD pt+ft {kind} with energy" for kind in ("one", "cc", "shared"))]
+    for kind in ("one", "cc", "shared"):
+        name = f"MOOD pt+ft {kind}"
+        wanted = (log_p_values(s.scores[name], h.scores[name][::2])
+                  + log_p_values(energy(to_float(unknown)), energy(to_float(held_out))[::2]))
+        assert torch.allclose(s.scores[f"{name} with energy"], wanted.float(), atol=1e-4)
 
 def test_mood_end_to_end_and_bad_input(run, capsys, monkeypatch):
     few = ["--run", run, "--device", "cpu", "--steps", "3", "--finetune-steps", "2"]
