@@ -171,10 +171,10 @@ def make_parser(doc):
     return parser
 
 class TrainedRun:
-    """What a run's trainings have left, by the flags `args`: `G` and its checkpoint `generator`, training split `data`,
-    `classes`, `classifier` and its id, `scorers` {name: f}, `trained` {name: checkpoint} of G and
-    trained scorers, `mask`, `rule`; `held_out`, images, labels and names that fix the thresholds.
-    Raises OSError or ValueError."""
+    """What a run's trainings have left, by the flags `args`: `G` and its checkpoint `generator`,
+    training split `data`, `classes`, `classifier` and its id, `scorers` {name: f}, `trained`
+    {name: checkpoint} of G and trained scorers, `mask`, `rule`; `held_out`, images, labels and
+    names that fix the thresholds. Raises OSError or ValueError."""
     def __init__(self, args):
         self.args = args
         self.G, self.generator = load_generator(args.run, args.device)

@@ -2,8 +2,8 @@
 
 For a classifier C and an image x with prediction y = C(x): mask a random part of x, synthesise a
 whole image x' from what is left and y, and measure how far x' is from x. An in-distribution image
-should come back as itself, an OOD image as something of class y. This file is the method, the detector
-first; train_gen.py and train_scorer.py train it, evaluate.py measures it.
+should come back as itself, an OOD image as something of class y. This file is the method, the
+detector first; train_gen.py and train_scorer.py train it, evaluate.py measures it.
 
     symbol     meaning                                     shape, range
     x          image                                       (B, C, H, W) float in [-1, 1]

@@ -120,9 +120,9 @@ TORCHVISION = "cifar10", "cifar100", "svhn", "dtd"  # it puts them into the fold
 
 class Split:
     """A split of a data set: images `x` uint8 (N, C, S, S), labels `y` (N,) into `classes`,
-    `held_out` (N,), True where an image trains nothing (n do), `hashes`, `names`; `unknown` (M, C, S, S),
-    images of other classes than the known ones, `unknown_names`. channels: 1, 3, or 0, then grey
-    images have 1. Raises OSError, ValueError."""
+    `held_out` (N,), True where an image trains nothing (n do), `hashes`, `names`; `unknown`
+    (M, C, S, S), images of other classes than the known ones, `unknown_names`. channels: 1, 3, or
+    0, then grey images have 1. Raises OSError, ValueError."""
     def __init__(self, data, split, known=None, size=32, device="cpu", channels=0):
         self.source = data
         images, labels, all_classes = find_images(data, split)
@@ -326,7 +326,7 @@ def command_line():
     return shlex.join(["python", *sys.orig_argv[1:]])
 
 def count_steps(name, steps, batch_size, n):
-    """steps, where they are a float, passes over n images: as many as those need. Says what that is."""
+    """steps; where they are a float, passes over n images, as many as those need. Says so."""
     if isinstance(steps, float):
         steps = max(1, round(steps * n / batch_size))
     print(f"{name}: {steps} steps of {batch_size} images, {steps * batch_size / n:.1f} passes over "
@@ -402,8 +402,8 @@ class Run:
         self.path = Path(args.run, f"{name}.pt")
         self.stateful = stateful
         settings = {k: getattr(args, k) for k in (*table, "device")}
-        settings |= dict(more, data=data.source, classes=data.classes, channels=data.channels, n=data.n,
-                         fingerprint=data.fingerprint, processes=WORLD)
+        settings |= dict(more, data=data.source, classes=data.classes, channels=data.channels,
+                         n=data.n, fingerprint=data.fingerprint, processes=WORLD)
         self.state = dict(kind=name, step=0, steps=steps, settings=settings, lines=[], values={},
                           command=command_line())
         self.ours = self.path.exists()

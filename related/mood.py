@@ -154,10 +154,11 @@ def main(argv=None):
 
 # --- Below: what serves it. ----------------------------------------------------------------------
 def join_with_energy(args, data, scored, sets, title):
-    """To each Scored the distances joined with the energy of the classifier that MoodCat protects, by
-    the rule of paper.fair; that classifier's id. Raises OSError or ValueError."""
+    """To each Scored the distances joined with the energy of the classifier that MoodCat protects,
+    by the rule of paper.fair; that classifier's id. Raises OSError or ValueError."""
     classifier, its_id, _ = load_classifier(args.run, None, args.device, data.classes)
-    images = {**{name: x for name, (x, _, _) in sets.items()}, "held-out": data.held_out_images()[0]}
+    images = {name: x for name, (x, _, _) in sets.items()}
+    images["held-out"], _ = data.held_out_images()
     for (name, _), s in scored.items():
         s.scores["energy"] = predict(classifier, images[name], len(data.classes)).logsumexp(1).cpu()
     methods = [f"{title} pt+ft {distance}" for distance in ("one", "cc", "shared")]
