@@ -1556,7 +1556,7 @@ def test_c_b_is_given_right_pairs_and_pairs_under_wrong_labels(looked):
     check_uniform(counts[1:].double(), len(torch.cat(offsets)) / 5)
 
 def test_the_classifiers_recipe_against_a_plain_one(whole, tmp_path, monkeypatch):
-    """SGD with Nesterov's momentum 0.9 and weight decay 5e-4, labels smoothed by 0.1, a rate that
+    """SGD with Nesterov's momentum 0.9 and weight decay 5e-4, labels smoothed if asked, a rate that
     rises over a quarter of the steps and falls to 0, on shifted training images in train()."""
     shutil.copy(whole / "generator.pt", tmp_path)
     batches, nets = [], []
@@ -1571,7 +1571,8 @@ def test_the_classifiers_recipe_against_a_plain_one(whole, tmp_path, monkeypatch
         return net
     monkeypatch.setattr(train_scorer, "augment", shifted)
     monkeypatch.setattr(train_scorer, "make_classifier", made)
-    start(train_scorer.main, "--run", tmp_path, "--steps", 1, "--classifier-steps", 5, "--ch", 2)
+    start(train_scorer.main, "--run", tmp_path, "--steps", 1, "--classifier-steps", 5, "--ch", 2,
+          "--smoothing", 0.1)
     saved = load(tmp_path, "classifier")
     known = known_images(Split("digits", "train", list("012345"), 16))
     net, top = nets[0].train(), saved["settings"]["classifier_lr"]
@@ -1678,12 +1679,12 @@ def test_settings_come_from_the_checkpoint_and_changed_ones_are_refused(tmp_path
     gen, sco = short(tmp_path, "--seed", 3)
     more = ["--ssim", 0, "--kl", 0, "--mask-ratio", 0, 0, "--lr-g", 1e-3]
     start(*gen, *more)
-    start(*sco, "--smoothing", 0, "--lr", 2e-3)
+    start(*sco, "--smoothing", 0.2, "--lr", 2e-3)
     saved = {name: load(tmp_path, name) for name in NETS}
     settings = saved["generator"]["settings"]
     assert [settings[k] for k in ("ssim", "kl", "mask_ratio", "lr_g", "adv", "steps", "ch")] == [
         0, 0, [0, 0], 1e-3, 0.5, 6, 2]
-    assert saved["classifier"]["settings"]["smoothing"] == 0
+    assert saved["classifier"]["settings"]["smoothing"] == 0.2
     assert saved["scorer"]["settings"]["lr"] == 2e-3
     assert saved["scorer"]["settings"]["mask_ratio"] == [0, 0]  # as the generator's
     for main in (train_gen.main, train_scorer.main):  # nothing given: all is there

@@ -43,7 +43,7 @@ CLASSIFIER = dict(
     classifier_lr=        (0.1, 0.1, 0.4,               "the highest; up, then down to 0"),
     classifier_batch_size=(64, 64, 512,                 "paper: not said"),
     classifier_steps=     (300, 20.0, 100.0,            "paper: not said; with a point: passes"),
-    smoothing=            (0.1, 0.0,                    "paper 0; of the classifier's labels"))
+    smoothing=            (0.0,                         "paper: none; of the classifier's labels"))
 
 # --- Figure 3 ------------------------------------------------------------------------------------
 def train_step(C_b, G, opt, right, wrong, bf16=False):

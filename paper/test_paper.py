@@ -62,7 +62,7 @@ def test_compare_prints_mean_spread_and_gain(runs, capsys):
 
 @pytest.mark.parametrize("part, name, value", [
     ("generator", "ssim", 0.0), ("generator", "steps", 80), ("cb", "ch", 4),
-    ("classifier", "smoothing", 0.0), ("cb", "mirror", True)])
+    ("classifier", "smoothing", 0.1), ("cb", "mirror", True)])
 def test_compare_refuses_one_other_setting_of_any_part_and_prints_it_across(
         runs, tmp_path, capsys, part, name, value):
     a, b = runs / "a-0", runs / "a-1"
