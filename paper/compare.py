@@ -4,6 +4,7 @@
     python -m paper.compare runs/mine-? --labels "oracle labels"
     python -m paper.compare runs/mine-? --first energy           # gain of every row over energy
     python -m paper.compare runs/mine-? --against runs/base-?    # over other runs, run by run
+    python -m paper.compare runs/mine-? --file fair.json         # every method with energy
 
 Percent; mean ± standard deviation (ddof 1) over the runs; in brackets the gain, taken run by run.
 Runs of one side share all settings but FREE below; what the two sides differ in is printed.
@@ -21,6 +22,7 @@ from train_gen import run_script
 # machine, and what follows from these (`generator` is the file that a scorer was trained on)
 FREE = ("seed", "known_classes", "classes", "num_classes", "fingerprint", "n", "data", "device",
         "processes", "generator")
+SCORING = ("scorers", "mask", "masks", "rule")  # how a run was scored
 METRICS = ("auroc", "fpr95")
 
 # --- Which runs may be compared ------------------------------------------------------------------
@@ -36,7 +38,7 @@ def flat(settings, path=""):
 
 def settings_of(results):
     """All of them: of the trainings, and how the run was scored."""
-    scoring = {name: results[name] for name in ("scorers", "mask", "masks", "rule")}
+    scoring = {name: results[name] for name in SCORING}
     return flat({**results["settings"], **scoring})
 
 def differences(results, others):
@@ -56,6 +58,9 @@ def load(runs, file="results.json"):
     results = [read_json(Path(run, file)) for run in runs]
     fingerprints = {}  # of the training images, by known classes
     for run, r in zip(runs, results):
+        if not {*SCORING, "settings"} <= r.keys():
+            raise ValueError(f"{run}/{file} does not say how it was scored: evaluate.py's, develop's "
+                             "and fair's files do")
         differ = differences(r, results[0])
         generator = r["settings"]["generator"]
         classes = tuple(generator["classes"])

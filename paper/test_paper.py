@@ -110,6 +110,9 @@ def test_compare_refuses_runs_that_no_mean_should_mix(runs, tmp_path, capsys):
     assert "Settings that differ: generator ch: 4 against 8\n" in capsys.readouterr().out
     with pytest.raises(ValueError, match="no method 'x'"):
         compare.main([a, "--first", "x"])
+    evaluate.write_json(tmp_path / "other.json", dict(settings={}))
+    with pytest.raises(ValueError, match="does not say how it was scored"):
+        compare.main([str(tmp_path), "--file", "other.json"])
     with pytest.raises(OSError, match="evaluate that run"):
         compare.main([str(runs / "none")])
 
@@ -719,10 +722,14 @@ def test_gains_are_paired_and_of_auroc():
     assert found["noise"]["high"] < 0 < found["better"]["low"]
 
 @pytest.mark.parametrize("dev", [[], ["--dev"], ["--dev", "4", "5"]])
-def test_every_method_alone_and_with_energy(runs, tmp_path, dev):
+def test_every_method_alone_and_with_energy(runs, tmp_path, capsys, dev):
     run = shutil.copytree(runs / "a-0", tmp_path / "run")
     fair.main(["--run", str(run), *dev])
-    saved = results(run, "fair-dev.json" if dev else "fair.json")
+    file = "fair-dev.json" if dev else "fair.json"
+    saved = results(run, file)
+    capsys.readouterr()
+    compare.main([str(run), "--file", file])
+    assert f"| kNN | {100 * saved['y = C(x)']['kNN']['unknown']['auroc']:.2f}" in capsys.readouterr().out
     alone = {"MSP", "ODIN", "cb", "ssim", "Mahalanobis", "kNN", "min-p", "fisher"}
     rows = saved["y = C(x)"]
     subsets = {f"{names} {rule}" for rule in moodcat.RULES
