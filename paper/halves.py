@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 
 import train_gen
-from evaluate import TrainedRun, gather_sets, provenance, write_json
+from evaluate import TrainedRun, provenance, write_json
 from moodcat import SCORERS, for_inference
 from paper.common import subset, tables_with_energy
+from paper.fair import chosen_sets
 from train_gen import SETTINGS, Parser, Split, run_script
 from train_scorer import SCORER, load_generator, train_scorer
 
@@ -55,12 +56,10 @@ def main(argv=None):
     """Train what is not trained, score the run's sets, print and write the tables."""
     parser = Parser(__doc__, {"seed": SCORER["seed"]})
     parser.add_argument("--ood", nargs="+", default=[], metavar="SET", help="as evaluate.py's")
-    parser.set_defaults(scorers=["cb"], classifier=None, rule=None, calibrate=None, seed=0)
+    parser.set_defaults(scorers=["cb"], classifier=None, rule=None, calibrate=None, seed=0, dev=None)
     args = parser.parse_args(argv)
     run = TrainedRun(args)
-    sets = gather_sets(args, run)
-    if len(sets) == 1:
-        raise ValueError("no image is OOD: name OOD sets after --ood")
+    sets = chosen_sets(args, run)
 
     # G on one half, C_b on either
     folder = Path(args.run, "halves")
