@@ -141,6 +141,10 @@ def main(argv=None):
     add("--out", help="folder for the results [RUN]")
     add("--images", help="judge a picture or a folder of them")
     args = parser.parse_args(argv)
+    fixed = [name for name in ("scorers", "rule", "masks", "calibrate", "seed", "ood", "out")
+             if getattr(args, name) != parser.get_default(name)]
+    if args.images and fixed:
+        raise ValueError(f"--images goes by detector.pt as it is: leave out --{fixed[0]}")
     out = Path(args.out or args.run)
     for name in {*args.ood, args.calibrate} - {*TORCHVISION, None}:
         image_files(name)  # a wrong folder is noticed before the work
@@ -301,7 +305,7 @@ def report(out, run, detector, scored, tables):
     write_json(out / "results.json", dict(
         provenance(), settings=run.settings(), n=n, flagged=flagged, tpr=TPR,
         classifier=run.classifier_id, scorers=list(detector.scorers), mask=run.mask.settings,
-        masks=detector.masks, rule=rule, **tables))
+        masks=detector.masks, rule=rule, calibrate=run.args.calibrate, **tables))
     for protocol, table in tables.items():
         print(f"\n{protocol}\n{format_table(table)}")
     print(f"\nFlagged as OOD by {joint}, its threshold from held-out images:",
@@ -361,20 +365,24 @@ def provenance():
                 threads=torch.get_num_threads())
 
 # --- Your pictures -------------------------------------------------------------------------------
-def judge_images(args):
-    """--images: a line for each of the user's pictures."""
-    # the detector, and the classifier that it was calibrated for
+def load_detector(args):
+    """RUN/detector.pt and the classifier that it was calibrated for. Raises OSError or ValueError."""
     path = Path(args.run, "detector.pt")
     notes = load_checkpoint(path, "detector")["calibration"]["notes"]
-    classes = notes["classes"]
-    print(f"{args.run}: {', '.join(classes)}")
     other = f"{path} was calibrated for another classifier: name that one with --classifier"
     if not (args.classifier or Path(args.run, "classifier.pt").exists()):
         raise ValueError(other)
     classifier, classifier_id, _ = load_classifier(args.run, args.classifier, args.device)
     if notes["classifier"] != classifier_id:
         raise ValueError(other)
-    detector = MoodCat.load(path, args.device, classifier)
+    return MoodCat.load(path, args.device, classifier), classifier
+
+def judge_images(args):
+    """--images: a line for each of the user's pictures."""
+    detector, classifier = load_detector(args)
+    notes = detector.calibration["notes"]
+    classes = notes["classes"]
+    print(f"{args.run}: {', '.join(classes)}; judged by {detector.rule}")
     for name, id in notes.get("files", {}).items():
         file = Path(args.run, name)
         if file.exists() and fingerprint(file.read_bytes()) != id:

@@ -58,8 +58,8 @@ class MoodCat:
         for scorer in self.scorers.values():
             if isinstance(scorer, nn.Module):
                 for_inference(scorer.to(self.device))
-            sizes = generator.settings | getattr(scorer, "settings", {}) | {"ch": 0}
-            if sizes != generator.settings | {"ch": 0}:
+            sizes = {**generator.settings, **getattr(scorer, "settings", {})}
+            if any(sizes[k] != generator.settings[k] for k in ("num_classes", "channels")):
                 raise ValueError("a scorer has other classes or channels than the generator")
 
     def mismatch(self, x, y, i=0):
@@ -168,6 +168,8 @@ def random_mask(x, ratio=(0.1, 0.3), generator=None, u=None, style="rectangle"):
     low, high = np.broadcast_to(ratio, 2).tolist()  # one number is both
     if not 0 <= low <= high <= 1:
         raise ValueError(f"mask ratio {ratio} must lie in [0, 1], the smaller number first")
+    if style not in MASKS:
+        raise ValueError(f"no mask {style!r} in moodcat.MASKS: put it there for every script")
     if u is None:
         u = torch.rand(len(x), 3, generator=generator)
     mask = MASKS[style](u, *x.shape[2:], low, high).to(x.device)
@@ -556,8 +558,8 @@ def require_possible(num_classes, ch, channels, image_size=16, z_dim=128, condit
                          "or 3 channels, an image size of 16 to 512, a multiple of 8")
 
 # --- LPIPS and DISTS (section 3.5), metrics of others --------------------------------------------
-WEIGHT_FILES = {"vgg": "vgg16-397923af.pth", "alex": "alexnet-owt-7be5be79.pth",
-                "squeeze": "squeezenet1_1-b8a52dc0.pth", "dists": "dists_alpha_beta.pt"}
+WEIGHT_FILES = {"vgg": "vgg16-397923af.pth", "squeeze": "squeezenet1_1-b8a52dc0.pth",
+                "dists": "dists_alpha_beta.pt"}
 
 def pretrained(name, load):
     """load(), which may download WEIGHT_FILES[name]; a failure says in a line what to do."""
@@ -577,8 +579,8 @@ def for_perception(x):
     return x.expand(-1, 3, -1, -1)
 
 class LPIPS(nn.Module):
-    """Perceptual distance of Zhang et al. [53], by the lpips package; net "vgg" (that of Table 13),
-    "alex" or "squeeze". x, x' (B, 1 or 3, H, W) in [-1, 1] -> (B,), 0 = equal. Raises OSError."""
+    """Perceptual distance of Zhang et al. [53], by the lpips package; net "vgg" (that of Table 13)
+    or "squeeze". x, x' (B, 1 or 3, H, W) in [-1, 1] -> (B,), 0 = equal. Raises OSError."""
     def __init__(self, net="vgg"):
         super().__init__()
         import lpips  # takes a second; detectors without it start faster

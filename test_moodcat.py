@@ -685,9 +685,16 @@ def test_a_mask_of_a_fork_is_one_row_for_training_and_test(tmp_path, monkeypatch
     assert len(masked) > 6 + 6 and load(tmp_path, "scorer")["settings"]["mask"] == "left"
     classifier, _, _ = train_scorer.load_classifier(tmp_path, None, "cpu")
     assert MoodCat.load(tmp_path / "detector.pt").mask.settings["style"] == "left"
+    monkeypatch.delitem(moodcat.MASKS, "left")  # another script, where it is not
+    for main in (train_gen.main, train_scorer.main, evaluate.main):
+        line = complaint(main, "--run", tmp_path, *["--steps", 9, "--resume"] * (main == train_gen.main))
+        assert "no mask 'left' in moodcat.MASKS" in line
 
 def test_a_second_trained_scorer_is_one_class_and_one_row(tmp_path, monkeypatch):
     class Other(BinaryScorer):
+        def __init__(self, *sizes, depth=2, **more):
+            super().__init__(*sizes, **more)
+            self.settings = dict(self.settings, depth=depth)  # a setting that the generator has not
         def forward(self, x, x_fake, y):
             return super().forward(x_fake, x, y)
     row = moodcat.Trained(Other, "other", "train_scorer.py --scorer other")
@@ -698,6 +705,11 @@ def test_a_second_trained_scorer_is_one_class_and_one_row(tmp_path, monkeypatch)
     start(evaluate.main, "--run", tmp_path, "--scorers", "other", "ssim")
     assert "other" in results(tmp_path)["y = C(x)"] and load(tmp_path, "other")["step"] == 6
     assert isinstance(MoodCat.load(tmp_path / "detector.pt").scorers["other"], Other)
+    for wrong in (Other(6, 2, 3), Other(5, 2, 1)):
+        with pytest.raises(ValueError, match="other classes or channels"):
+            MoodCat(Generator(6, 2, 16, 1), {"other": wrong})
+    assert "invalid choice: 'cb_extra'" in complaint(*sco, "--scorer", "cb_extra")  # images train it
+    assert "leave out --scorer" in complaint(*sco, "--scorer", "other", "--extra", tmp_path)
 
 def test_a_net_that_does_not_fit_its_checkpoint_ends_in_one_line(whole, tmp_path, monkeypatch):
     """A fork that changed a layer, and an old run."""
@@ -1200,6 +1212,8 @@ def test_a_detector_knows_its_classifier(copy, folder, tmp_path):
             (dict(kind="x"), "not a classifier", [])):
         save_checkpoint(copy / "classifier.pt", {**saved, **changes})
         assert words in complaint(evaluate.main, *run, *more)
+    for flag in (["--rule", "ssim"], ["--scorers", "cb"], ["--masks", 2], ["--out", copy / "x"]):
+        assert f"as it is: leave out {flag[0]}" in complaint(evaluate.main, *run, *judge, *flag)
     saved = load(copy, "generator")
     saved["generator"]["encoder.mu.bias"] += 1e-6
     save_checkpoint(copy / "generator.pt", saved)
@@ -1236,6 +1250,8 @@ def test_unlabeled_images_train_a_second_scorer_and_are_no_ood_set(copy, folder,
     assert offsets == {1, 2, 3, 4, 5}, "not all other labels are drawn"
     argv = ["--run", copy, "--scorers", "cb", "cb_extra", "--masks", 2]
     assert "trained cb_extra" in complaint(evaluate.main, *argv, "--ood", folder / "ood")
+    other = complaint(train_scorer.main, "--run", copy, "--extra", folder / "test", "--steps", 4)
+    assert "extra_hashes" in other and len(other) < 400  # not every one of them
     start(evaluate.main, *argv, "--ood", folder / "test" / "1")
     assert list(results(copy)["y = C(x)"]["cb_extra"]) == ["unknown", "test/1"]
 
@@ -1673,6 +1689,12 @@ def test_a_log_without_a_checkpoint_begins_anew(whole, tmp_path):
     start(*short(tmp_path)[0])
     assert (tmp_path / "generator.jsonl").read_text() == (whole / "generator.jsonl").read_text()
     assert same(load(whole, "generator"), load(tmp_path, "generator"))
+
+def test_memory_that_runs_out_ends_in_one_line_and_other_errors_do_not():
+    with pytest.raises(SystemExit, match="too little memory"):
+        train_gen.run_script(lambda: torch.empty(10 ** 15))
+    with pytest.raises(RuntimeError, match="size"):
+        train_gen.run_script(lambda: torch.ones(2) + torch.ones(3))
 
 def test_settings_come_from_the_checkpoint_and_changed_ones_are_refused(tmp_path, capsys):
     """issue: SSIM=0 on a finished run said nothing; Adam's state undid a new learning rate."""

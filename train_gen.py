@@ -32,14 +32,14 @@ from moodcat import (MASKS, Generator, UNetDiscriminator, discriminator_loss, ge
 
 # Each row is a flag, --lr-g 5e-4, and stands in the checkpoint and in results.json. The values: one
 # for all; or for digits, for photographs; or for digits, for photographs on a CPU, on a GPU. Steps
-# with a decimal point are passes over the training images.
+# that have a decimal point here are passes over the training images.
 SETTINGS = dict(  #                                   the paper's value; why not here
     known_classes=([*"012345"], [],                  "the other classes are OOD"),
     image_size=   (16, 32,                           "paper 32; a multiple of 8"),
     channels=     (0,                                "1 grey, 3 colour, 0 as the images are"),
     ch=           (8, 8, 32,                         "paper 32; channel multiplier"),
     batch_size=   (32, 32, 96,                       "paper 96"),
-    steps=        (800, 6.0, 200.0,                  "paper: not said; with a point: passes"),
+    steps=        (800, 6.0, 200.0,                  "paper: not said; 6.0 are passes"),
     lr_g=         (5e-4,                             "paper 5e-5; for minutes in place of days"),
     lr_d=         (1e-3,                             "paper 5e-5; D^Unet stays ahead of G"),
     adv=          (0.5,                              "Eq. 6: 1; the authors' code: 0.5"),
@@ -57,16 +57,16 @@ SETTINGS = dict(  #                                   the paper's value; why not
 def train_step(G, D, opt_g, opt_d, x, x_m, y, s):
     """Lines 2 to 5: images x, masked x_m (B, C, S, S), labels y (B,), settings s with the weights
     of Eq. 6 -> {name: loss}."""
-    def run(net, *inputs):  # in bfloat16 where asked for; the losses take float32
+    def forward(net, *inputs):  # in bfloat16 where asked for; the losses take float32
         with torch.autocast(x.device.type, torch.bfloat16, enabled=s.bf16):
             return [out.float() for out in net(*inputs)]
 
     # x' = D(E(M(x)), y), once for both updates
-    x_fake, mu, logvar = run(G, x_m, y)                               # (B, C, S, S), 2 x (B, 128)
+    x_fake, mu, logvar = forward(G, x_m, y)                            # (B, C, S, S), 2 x (B, 128)
 
     # (1) update E and D (Eq. 6 and Eq. 1): D^Unet only judges, its weights need no gradient
     D.requires_grad_(False)
-    fake, fake_px = run(D, x_fake, y)                                 # (B,), (B, 1, S, S)
+    fake, fake_px = forward(D, x_fake, y)                              # (B,), (B, 1, S, S)
     loss_g = generator_loss(fake, fake_px, x_fake, x, s.adv, s.l1, s.l2, s.ssim)
     kl = kl_divergence(mu, logvar).mean()
     opt_g.zero_grad()
@@ -75,7 +75,7 @@ def train_step(G, D, opt_g, opt_d, x, x_m, y, s):
 
     # (2) update D^Unet on the same syntheses (Eq. 3)
     D.requires_grad_(True)
-    logits, pixels = run(D, torch.cat([x, x_fake.detach()]), torch.cat([y, y]))
+    logits, pixels = forward(D, torch.cat([x, x_fake.detach()]), torch.cat([y, y]))
     real, fake = logits.chunk(2)
     real_px, fake_px = pixels.chunk(2)
     loss_d = discriminator_loss(real, real_px, fake, fake_px)
@@ -120,7 +120,7 @@ TORCHVISION = "cifar10", "cifar100", "svhn", "dtd"  # it puts them into the fold
 
 class Split:
     """A split of a data set: images `x` uint8 (N, C, S, S), labels `y` (N,) into `classes`,
-    `held_out` (N,), True where an image trains nothing (n do), `hashes`, `names`; `unknown`
+    `held_out` (N,), True where an image trains nothing (`n` do), `hashes`, `names`; `unknown`
     (M, C, S, S), images of other classes than the known ones, `unknown_names`. channels: 1, 3, or
     0, then grey images have 1. Raises OSError, ValueError."""
     def __init__(self, data, split, known=None, size=32, device="cpu", channels=0):
@@ -336,10 +336,13 @@ def count_steps(name, steps, batch_size, n):
 def refuse_changes(path, stored, now, args):
     """ValueError where settings differ from those in a checkpoint; with --anew, True. Steps may
     grow."""
-    differ = [f"{name} {stored.get(name)}, not {value}" for name, value in now.items()
-              if stored.get(name) != value
-              and name not in ("data", "device", "processes", "sizes")  # another machine may go on
-              and not (name.endswith("steps") and value > stored.get(name, value))]
+    differ = []
+    for name in {**stored, **now}:
+        was = stored.get(name)
+        value = now.get(name)
+        free = name in ("data", "device", "processes", "sizes", "extra")  # another machine may go on
+        if was != value and not free and not (name.endswith("steps") and was and value > was):
+            differ.append(f"{name} {was!s:.60}, not {value!s:.60}")
     if differ and not args.anew:
         raise ValueError(f"{path} has {'; '.join(differ)}: --anew trains it anew, over the old")
     return bool(differ)
@@ -363,7 +366,9 @@ def run_script(main):
         main()
     except (ValueError, OSError) as error:
         sys.exit("error: " + " ".join(str(error).split()))
-    except (MemoryError, torch.OutOfMemoryError):
+    except (MemoryError, RuntimeError) as error:
+        if "memory" not in repr(error).lower():  # torch has several ways to say so
+            raise
         sys.exit("error: too little memory: lower --batch-size, --image-size or the images' number")
     except KeyboardInterrupt:
         sys.exit("interrupted: --resume goes on from the last checkpoint")

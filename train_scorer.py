@@ -31,9 +31,9 @@ from train_gen import (LOG_EVERY, Parser, Run, Split, adam, averaged, count_step
 SCORER = dict(  #                                        the paper; why not here
     lr=        (1e-3,                                   "paper 5e-5; falls to 0 along a line"),
     batch_size=(32, 32, 96,                             "paper 96"),
-    steps=     (500, 10.0, 80.0,                        "paper: not said; with a point: passes"),
+    steps=     (500, 10.0, 80.0,                        "paper: not said; 10.0 are passes"),
     ch=        (8, 8, 32,                               "paper 32; C_b's channel multiplier"),
-    mirror=    (False, True,                            "mirror images: not for text, signs"),
+    mirror=    (False, True,                            "mirror and shift images: not for text"),
     bf16=      (False,                                  "nets in bfloat16"),
     seed=      (0,                                      "of all random numbers"))
 CLASSIFIER = dict(
@@ -42,7 +42,7 @@ CLASSIFIER = dict(
     whiten=               (False, True,                 "the conv begins by whitening patches"),
     classifier_lr=        (0.1, 0.1, 0.4,               "the highest; up, then down to 0"),
     classifier_batch_size=(64, 64, 512,                 "paper: not said"),
-    classifier_steps=     (300, 20.0, 100.0,            "paper: not said; with a point: passes"),
+    classifier_steps=     (300, 20.0, 100.0,            "paper: not said; 20.0 are passes"),
     smoothing=            (0.0,                         "paper: none; of the classifier's labels"))
 
 # --- Figure 3 ------------------------------------------------------------------------------------
@@ -98,10 +98,13 @@ def main(argv=None):
     add("--classifier", help="another run's, or a program, instead of training")
     add("--extra", help="folder of unlabeled images for a second C_b (section 3.6)")
     add("--scorer", default="cb", help="which net, a row of SCORERS [%(default)s]",
-        choices=[name for name, row in SCORERS.items() if isinstance(row, Trained)])
+        choices=[name for name, row in SCORERS.items()
+                 if isinstance(row, Trained) and name != "cb_extra"])
 
     # the net to train, and every flag that is not given; the classifier's, where it is trained here
     args = parser.parse_args(argv)
+    if args.extra and args.scorer != "cb":
+        raise ValueError("--extra is for C_b: leave out --scorer")
     name = "cb_extra" if args.extra else args.scorer
     row = SCORERS[name]
     own_classifier = not (args.classifier or args.extra)
@@ -210,6 +213,7 @@ def load_generator(run, device):
     ValueError."""
     path = Path(run, "generator.pt")
     saved = load_checkpoint(path, "generator", device)
+    random_mask(torch.zeros(1, 1, 16, 16), style=saved["settings"]["mask"])  # a fork's may be missing
     G = Generator(**saved["settings"]["sizes"])
     load_weights(G, saved["generator"], path)
     saved["id"] = fingerprint(saved["generator"])

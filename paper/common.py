@@ -9,11 +9,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from evaluate import (PROTOCOLS, Scored, add_joint_scores, calibrate, format_table, score_set,
-                      tabulate)
+from evaluate import (PROTOCOLS, Scored, add_joint_scores, calibrate, format_table, load_detector,
+                      score_set, tabulate)
 from moodcat import ImageMask, MoodCat, joint_scores
 from train_gen import Parser, Split, stored_settings
-from train_scorer import load_classifier
 
 class PlainParser(argparse.ArgumentParser):
     """For scripts that load no run; a wrong flag ends in one line, as in the core."""
@@ -34,11 +33,10 @@ def score_run(run, sets, masks=1, mask=None):
     add_joint_scores(scored | held_out, predicted.scores, run.scorers)
     return detector, scored, held_out
 
-def load_detector(args):
-    """RUN/detector.pt, trained here or shipped; its classifier; the test Split of its classes. Raises
+def load_with_test(args):
+    """A detector, trained here or shipped, its classifier, the test Split of its classes. Raises
     OSError or ValueError."""
-    classifier, _, _ = load_classifier(args.run, args.classifier, args.device)
-    detector = MoodCat.load(Path(args.run, "detector.pt"), args.device, classifier)
+    detector, classifier = load_detector(args)
     settings = detector.generator.settings
     data = args.data or stored_settings(args.run, "generator").get("data", "digits")
     test = Split(data, "test", detector.calibration["notes"]["classes"], settings["image_size"],

@@ -38,8 +38,11 @@ def flat(settings, path=""):
 
 def settings_of(results):
     """All of them: of the trainings, and how the run was scored."""
-    scoring = {name: results[name] for name in SCORING}
-    return flat({**results["settings"], **scoring})
+    scoring = {name: results[name] for name in SCORING} | {"calibrate": results.get("calibrate")}
+    settings = {**results["settings"], **scoring}
+    # a program has no settings: what tells it is its id
+    settings["classifier"] = settings["classifier"] or results.get("classifier")
+    return flat(settings)
 
 def differences(results, others):
     """The settings in which two results differ, as "name: value against value"."""
@@ -138,7 +141,7 @@ def main(argv=None):
     add("--against", nargs="+", metavar="RUN", help="gain over these, in the same order")
     add("--first", metavar="METHOD", help="gain over this method of the same run")
     add("--labels", choices=list(PROTOCOLS), default="y = C(x)", help="[%(default)s]")
-    add("--file", default="results.json", help="or develop.json [%(default)s]")
+    add("--file", default="results.json", help="or fair.json, develop.json [%(default)s]")
     args = parser.parse_args(argv)
     if args.against and args.first:
         parser.error("--against or --first, not both")

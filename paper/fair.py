@@ -159,7 +159,7 @@ def main(argv=None):
     write_json(Path(args.run, name), dict(
         provenance(), settings=run.settings(), n={k: len(x) for k, x in images.items()},
         scorers=list(run.scorers), mask=run.mask.settings, masks=args.masks, rule=run.rule,
-        classifier=run.classifier_id, gains=gains, **tables))
+        calibrate=args.calibrate, classifier=run.classifier_id, gains=gains, **tables))
 
 if __name__ == "__main__":
     run_script(main)

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 
 from evaluate import make_parser
 from paper.ablate import STYLES
-from paper.common import load_detector, read_scores
+from paper.common import load_with_test, read_scores
 from train_gen import find_images, run_script, to_float
 from train_scorer import predict
 
@@ -29,7 +29,7 @@ from train_scorer import predict
 def load(args):
     """RUN's detector, its classes and the test images {kind: (float x (N, C, S, S), C(x) (N,), true
     class names)}. Raises OSError or ValueError."""
-    detector, classifier, test = load_detector(args)
+    detector, classifier, test = load_with_test(args)
     data = test.source
     classes = test.classes
     if not len(test.unknown):
@@ -100,7 +100,7 @@ def draw_labels(args):
     runs = [args.run, *args.beside]
     fig = Figure(figsize=(10, 6.4 / len(runs)), layout="constrained")
     for block, run in zip(fig.subfigures(1, len(runs), squeeze=False)[0], runs):
-        detector, classifier, test = load_detector(Namespace(**{**vars(args), "run": run}))
+        detector, classifier, test = load_with_test(Namespace(**{**vars(args), "run": run}))
         K = len(test.classes)
         axes = block.subplots(3, min(6, K))
         for k, column in enumerate(axes.T):

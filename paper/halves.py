@@ -18,7 +18,7 @@ from moodcat import SCORERS, for_inference
 from paper.common import subset, tables_with_energy
 from paper.fair import chosen_sets
 from train_gen import SETTINGS, Parser, Split, run_script
-from train_scorer import SCORER, load_generator, train_scorer
+from train_scorer import load_generator, train_scorer
 
 HALVES = {"the same images": 0, "other images": 1}  # as G's, which are half 0
 
@@ -54,9 +54,12 @@ def train_generator(run, folder, args):
 
 def main(argv=None):
     """Train what is not trained, score the run's sets, print and write the tables."""
-    parser = Parser(__doc__, {"seed": SCORER["seed"]})
-    parser.add_argument("--ood", nargs="+", default=[], metavar="SET", help="as evaluate.py's")
-    parser.set_defaults(scorers=["cb"], classifier=None, rule=None, calibrate=None, seed=0, dev=None)
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--ood", nargs="+", default=[], metavar="SET", help="as evaluate.py's")
+    add("--resume", action="store_true", help="go on where the same command stopped")
+    parser.set_defaults(scorers=["cb"], classifier=None, rule=None, calibrate=None, seed=0, dev=None,
+                        anew=False)
     args = parser.parse_args(argv)
     run = TrainedRun(args)
     sets = chosen_sets(args, run)
@@ -69,7 +72,8 @@ def main(argv=None):
     scorers = {}
     for title, which in HALVES.items():
         more = dict(generator=saved["id"], half=which)
-        own = Namespace(**{**vars(args), **of_c_b, "run": str(folder / str(which))})
+        own = Namespace(**{**vars(args), **of_c_b, "run": str(folder / str(which)),
+                           "device": args.device})
         training = train_scorer(own, SCORERS["cb"], G, half(run.data, which), **more)
         scorers[f"C_b, {title}"] = for_inference(training.stateful["scorer"])
         settings[f"C_b, {title}"] = training.state["settings"]

@@ -17,7 +17,7 @@ import torch
 
 from evaluate import ood_metrics, provenance, write_json
 from moodcat import concatenated
-from paper.common import load_detector
+from paper.common import load_with_test
 from train_gen import Parser, run_script, to_float
 from train_scorer import load_classifier, mismatched
 
@@ -65,7 +65,7 @@ def main(argv=None):
     add("--dev", action="store_true", help="held-out training images in place of test images")
     add("--out", metavar="FOLDER", help="for intervene.json, or intervene-dev.json [RUN]")
     args = parser.parse_args(argv)
-    detector, reader, test = load_detector(args)
+    detector, reader, test = load_with_test(args)
     if args.reader:
         reader, _, _ = load_classifier(args.reader, None, args.device, test.classes)
     x, right = test.x, test.y

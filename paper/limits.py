@@ -74,7 +74,7 @@ def train_on(name, G, args, run, data):
     args = Namespace(**{**vars(args), **more, "run": str(folder)})
     training = train_scorer(args, (SCORERS | ROWS)[args.scorer], G, data, **more)
     C_b = for_inference(training.stateful["scorer"])
-    mask = ImageMask(args.mask_ratio, args.seed, args.mask)
+    mask = ImageMask(args.mask_ratio, style=args.mask)  # that of every table
 
     def score(x, x_fake, y):
         x_m, _ = mask(x)

@@ -6,8 +6,9 @@
 
 In Algorithm 1 G never sees a wrong label, so it may read the class off x_m and pass the label by.
 Here it makes a second synthesis x'' = D(E(x_m), y') of every image under another label, which
-nothing can be like: --mismatched weighs D^Unet's judgement of it, for G and, as one more fake, for
-D^Unet; --auxiliary the cross-entropy of RUN2's classifier at y'. All other flags are train_gen.py's.
+nothing can be like: --mismatched weighs D^Unet's judgement of it in G's loss, and D^Unet has it as
+one more fake; --auxiliary the cross-entropy of RUN2's classifier, of the same classes, at y'. All
+other flags are train_gen.py's.
 """
 
 from functools import cache

@@ -110,6 +110,15 @@ def test_compare_refuses_runs_that_no_mean_should_mix(runs, tmp_path, capsys):
     assert "Settings that differ: generator ch: 4 against 8\n" in capsys.readouterr().out
     with pytest.raises(ValueError, match="no method 'x'"):
         compare.main([a, "--first", "x"])
+    for name, change in (("one", dict(classifier="1")), ("two", dict(classifier="2")),
+                         ("three", dict(classifier="1", calibrate="FOLDER"))):  # programs
+        program = dict(results(a), **change)
+        program["settings"] = dict(program["settings"], classifier=None)
+        evaluate.write_json(tmp_path / name / "results.json", program)
+    for name in ("two", "three"):
+        with pytest.raises(ValueError, match="classifier: 1 against 2|calibrate: None against FOLDER|"
+                                             "classifier: 2 against 1|calibrate: FOLDER against None"):
+            compare.main([str(tmp_path / "one"), str(tmp_path / name)])
     evaluate.write_json(tmp_path / "other.json", dict(settings={}))
     with pytest.raises(ValueError, match="does not say how it was scored"):
         compare.main([str(tmp_path), "--file", "other.json"])
@@ -507,6 +516,10 @@ def test_an_intervention_tells_what_a_score_looks_at(runs, tmp_path):
     assert x_fake["l1, right"] == 0 and x_fake["l1, wrong"] == pytest.approx(0.15)
 
     intervene.main(["--run", str(runs / "a-0"), "--reader", str(runs / "a-1"), "--out", str(tmp_path)])
+    other = shutil.copytree(runs / "a-0", tmp_path / "other")
+    shutil.copy(runs / "a-1" / "classifier.pt", other)
+    with pytest.raises(ValueError, match="another classifier"):
+        intervene.main(["--run", str(other)])
     written = results(tmp_path, "intervene.json")
     assert set(written["intervention"]) == {"cb", "ssim"} and written["n"] == 240
     ssim = written["intervention"]["ssim"]["test"]
@@ -642,7 +655,7 @@ def test_scores_in_the_hole_see_the_hole_alone(runs, tmp_path):
         names = [f"{name} {where}" for name in ("l1", "SSIM", "features")
                  for where in ("everywhere", "in the hole")]
         assert {*names, *(f"{name} with energy" for name in names), "energy"} <= set(rows)
-        assert rows["SSIM everywhere"] != rows["SSIM in the hole"]
+        assert rows["SSIM everywhere"] != rows["SSIM in the hole"] and "min-p" not in rows
     inside.main(["--run", str(run)])
     one = results(run, "inside.json")["y = C(x)"]
     assert one["SSIM everywhere"] == results(run)["y = C(x)"]["ssim"]
@@ -661,6 +674,10 @@ def test_obedience_is_the_step_of_train_gen_and_a_term_more(runs, tmp_path, monk
     assert saved["values"]["loss_other"] > 0
     with pytest.raises(ValueError, match="mismatched 0.5, not 0.1"):
         obedience.main(["--run", str(run), "--mismatched", "0.1", "--resume"])
+    monkeypatch.setattr(train_gen, "SETTINGS", {name: row for name, row in train_gen.SETTINGS.items()
+                                                if name not in obedience.ROWS})
+    with pytest.raises(ValueError, match="mismatched 0.5, not None"):  # without the term
+        train_gen.main(["--run", str(run), "--steps", "3", "--resume"])
 
     x, y = (torch.rand(8, 1, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1,
             torch.arange(8) % 4)

@@ -5,9 +5,9 @@
     python -m related.mood --dev 4 5                             # to choose settings
 
 A ViT learns the visual tokens of masked patches (pt), then labels (ft). An image is OOD when its
-feature lies far, in Mahalanobis distance, from those of the training images. Rows: stages as in
-Table 4 (neither, pt, ft, pt+ft; "ft long": ft for the steps of both) by three distances, Table 5's
-metrics of pt+ft. Writes RUN/mood.json (mood_timm.json) and RUN/mood_*.pt. --dev takes known classes
+feature lies far, in Mahalanobis distance, from those of the training images. Rows: stages
+(neither, pt, ft, pt+ft; "ft long": ft for the steps of both) by three distances, Table 5's metrics
+of pt+ft. Writes RUN/mood.json (mood_timm.json) and RUN/mood_*.pt. --dev takes known classes
 for unknown: the others' held-out images against theirs, in RUN/dev-4-5.
 """
 
