@@ -1361,7 +1361,7 @@ def test_pictures_that_cannot_be_read_are_lines(run, folder, tmp_path, capsys):
     (mine / "001.png").write_bytes(b"half an image")
     start(evaluate.main, "--run", run, "--images", mine)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == f"{run}: 0, 1, 2, 3, 4, 5"
+    assert lines[0] == f"{run}: 0, 1, 2, 3, 4, 5; judged by fisher"
     rows = [line.split("\t") for line in lines if "\t" in line][1:]
     assert [Path(row[0]).name for row in rows] == ["000.png", "001.png", "002.png"]
     assert rows[1][1].startswith("unreadable: ") and len(rows[1]) == 2
