@@ -77,6 +77,7 @@ def ship(args):
         ship_net(Path(args.run, f"{kind}.pt"), out / f"{kind}.pt", kind)
     args.classifier = out / "classifier.pt"  # from here on the rounded one
     run = TrainedRun(args)
+    args.classifier = None  # the run's own all the same: held-out images are new to it
     sets = gather_sets(args, run)
     if len(sets) == 1:
         raise ValueError("no image is OOD: name OOD sets after --ood")

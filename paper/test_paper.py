@@ -443,9 +443,14 @@ def test_failures_are_the_most_confident_errors(runs, monkeypatch):
     with pytest.raises(ValueError, match="no error"):
         figures.draw_failures(args)
 
-def test_the_shipped_detector_judges_as_measured(runs, tmp_path, capsys):
+def test_the_shipped_detector_judges_as_measured(runs, tmp_path, capsys, monkeypatch):
     out = tmp_path / "small"
-    ship.main(["--run", str(runs / "a-0"), "--out", str(out)])
+    seen, weaknesses = [], evaluate.weaknesses
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "weaknesses", lambda args, *more: (
+            seen.append(args.classifier) or weaknesses(args, *more)))
+        ship.main(["--run", str(runs / "a-0"), "--out", str(out)])
+    assert seen == [None], "its own classifier is taken for one that has seen the held-out images"
     for kind in ("detector", "classifier", "generator"):
         saved = load_checkpoint(out / f"{kind}.pt", kind)
         weights = saved["weights"].values() if kind == "detector" else [saved[kind]]
