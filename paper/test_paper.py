@@ -548,6 +548,11 @@ def test_stand_ins_show_what_they_say_and_a_verifier_scores_labels(runs, tmp_pat
         *(f"C_b on {name}" for name in made), "second classifier", "SSIM to synthesis",
         "SSIM to class mean", "SSIM to x at half its size") for e in ("", ", with energy"))}
     assert rows["y = C(x)"]["SSIM to synthesis"] == results(run)["y = C(x)"]["ssim"]
+    again = shutil.copytree(runs / "a-1", tmp_path / "again")  # seed 1: its C_b once more
+    evaluate.main(["--run", str(again)])
+    limits.main(["--run", str(again), "--on", "synthesis"])
+    assert results(again, "limits.json")["y = C(x)"]["C_b on synthesis"] == (
+        results(again)["y = C(x)"]["cb"])
     # the classifier's own logit is its largest one, which orders much as its energy does
     assert rows["y = C(x)"]["second classifier"]["unknown"]["auroc"] == pytest.approx(
         rows["y = C(x)"]["energy"]["unknown"]["auroc"], abs=0.05)

@@ -251,11 +251,11 @@ def test_distances_join_the_classifiers_energy(monkeypatch):
                                       torch.full((len(x), 4), -1e9)], 1)
     monkeypatch.setattr(mood, "load_classifier", lambda *_: (classifier, "its id", None))
     scored = {}
-    for name, x in (("held-out", held_out), ("unknown", unknown)):
+    for name, x in (("unknown", unknown), ("held-out", held_out)):
         scores = {f"MOOD pt+ft {kind}": to_float(x).std((1, 2, 3)) * i
                   for i, kind in enumerate(("one", "cc", "shared"), 1)}
         scored[name, "C(x)"] = evaluate.Scored(None, None, dict(scores, alone=torch.arange(len(x))))
-    h, s = scored.values()
+    s, h = scored.values()
     args = SimpleNamespace(run="run", device="cpu")
     sets = dict(unknown=(unknown, None, None))
     assert mood.join_with_energy(args, data, scored, sets, "MOOD") == "its id"
