@@ -10,7 +10,7 @@ holds all runs.
 """
 
 import json
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 
@@ -36,6 +36,16 @@ def values_of(folder, cell, used):
         used[str(path.relative_to(folder))] = provenance
     return np.array(values)
 
+def cells_of(table, row):
+    """The cells of a row, with what table, row and column say."""
+    columns = [dict(metric=c) if isinstance(c, str) else c for c in table["columns"]]
+    return [{**DEFAULT, **table, **row, **column} for column in columns]
+
+def named(path, spec):
+    """Does a cell of these tables take this file?"""
+    return any(PurePath(path).match(f"{cell['runs']}/{cell['file']}")
+               for table in spec for row in table["rows"] for cell in cells_of(table, row))
+
 def gather(table, folder, used, before=None):
     """A table of the list -> dict of title, note, command, head, rows (text), `values`, each run's
     number for each cell of ours, and `open`, the rows that no runs fill, nor `before`, what this
@@ -58,8 +68,7 @@ def gather(table, folder, used, before=None):
     missing = []
     first = None
     for row, paper in zip(table["rows"], papers):
-        cells = [{**DEFAULT, **table, **row, **column} for column in columns]
-        ours = [values_of(folder, cell, used) for cell in cells]
+        ours = [values_of(folder, cell, used) for cell in cells_of(table, row)]
         old_line, old_values = kept.get(row["label"], (None, None))
         texts = []
         values = []
@@ -116,8 +125,8 @@ def main(argv=None):
     if args.out and Path(args.out, "tables.json").exists():
         before = read_json(Path(args.out, "tables.json"))
     by_title = {table["title"]: table for table in before["tables"]}
-    tables = [gather(table, args.folder, used, by_title.get(table["title"]))
-              for table in read_json(SPEC)]
+    spec = read_json(SPEC)
+    tables = [gather(table, args.folder, used, by_title.get(table["title"])) for table in spec]
     if not used:
         raise OSError(f"{args.folder} holds none of the runs that {SPEC} names")
     text = "\n".join(map(render, tables))
@@ -125,7 +134,7 @@ def main(argv=None):
         return print(text, end="")
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    runs = dict(before["runs"]) | used
+    runs = {path: what for path, what in (dict(before["runs"]) | used).items() if named(path, spec)}
     content = json_lines(tables), json_lines(runs.items())
     (out / "tables.json").write_text('{"tables": [\n%s],\n"runs": [\n%s]}\n' % content)
     (out / "TABLES.md").write_text(text)

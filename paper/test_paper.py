@@ -382,6 +382,10 @@ def test_the_list_of_tables_is_well_formed():
         assert tables.gather(table, "/nowhere", {})["rows"] == []
     text = json.dumps(spec)
     assert "EBO" not in text and "_labels" not in text
+    runs = json.loads((ROOT / "results" / "tables.json").read_text())["runs"]
+    assert all(tables.named(path, spec) for path, _ in runs), "the runs of a table that is gone"
+    assert tables.named("digits/base-1/fair.json", spec)
+    assert not tables.named("digits/base-10/fair.json", spec)
 
 def test_committed_tables_and_readme_agree():
     written = json.loads((ROOT / "results" / "tables.json").read_text())["tables"]
