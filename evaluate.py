@@ -218,7 +218,8 @@ class TrainedRun:
 
     def settings(self):
         """The settings of all that it consists of, as results.json has them."""
-        settings = {name: saved["settings"] for name, saved in self.trained.items()}
+        settings = {name: {k: v for k, v in saved["settings"].items() if k != "extra_hashes"}
+                    for name, saved in self.trained.items()}  # of 50,000 images as many lines
         settings["classifier"] = getattr(self.classifier, "settings", None)
         return settings
 

@@ -1254,6 +1254,8 @@ def test_unlabeled_images_train_a_second_scorer_and_are_no_ood_set(copy, folder,
     assert "extra_hashes" in other and len(other) < 400  # not every one of them
     start(evaluate.main, *argv, "--ood", folder / "test" / "1")
     assert list(results(copy)["y = C(x)"]["cb_extra"]) == ["unknown", "test/1"]
+    shown = results(copy)["settings"]["cb_extra"]
+    assert shown["extra"] == str(folder / "ood") and "extra_hashes" not in shown
 
 def short(run, *more):
     sizes = ["--run", run, "--steps", 6, *more]
