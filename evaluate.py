@@ -223,6 +223,11 @@ class TrainedRun:
         settings["classifier"] = getattr(self.classifier, "settings", None)
         return settings
 
+    def scoring(self):
+        """How it is scored, as results.json has it."""
+        return dict(classifier=self.classifier_id, scorers=list(self.scorers), masks=self.args.masks,
+                    mask=self.mask.settings, rule=self.rule, calibrate=self.args.calibrate)
+
 def default_rule(data, scorers):
     """What development splits chose: for photographs energy alone, where it is among the scorers."""
     return "energy" if data != "digits" and "energy" in scorers else "fisher"
@@ -304,9 +309,8 @@ def report(out, run, detector, scored, tables):
             rejected = detector.rejects({rule: s.scores[joint]}).double()
             flagged[name] = rejected.mean().item()
     write_json(out / "results.json", dict(
-        provenance(), settings=run.settings(), n=n, flagged=flagged, tpr=TPR,
-        classifier=run.classifier_id, scorers=list(detector.scorers), mask=run.mask.settings,
-        masks=detector.masks, rule=rule, calibrate=run.args.calibrate, **tables))
+        provenance(), settings=run.settings(), n=n, flagged=flagged, tpr=TPR, **run.scoring(),
+        **tables))
     for protocol, table in tables.items():
         print(f"\n{protocol}\n{format_table(table)}")
     print(f"\nFlagged as OOD by {joint}, its threshold from held-out images:",

@@ -69,8 +69,7 @@ def develop(args, wanted):
     print("{run}: z carries {nats:.1f} nats, l1 to x {l1:.3f}, change with y {change:.3f}".format(
         run=args.run, **follows))
     write_json(Path(args.run, "develop.json"), dict(
-        provenance(), split="development", settings=run.settings(), scorers=list(run.scorers),
-        mask=run.mask.settings, masks=args.masks, rule=detector.rule,
+        provenance(), split="development", settings=run.settings(), **run.scoring(),
         n={name: len(s.truth) for (name, _), s in scored.items()},
         synthesis=dict(generator={"held-out": follows}), **all_tables(scored)))
 

@@ -158,8 +158,7 @@ def main(argv=None):
     name = "fair.json" if args.dev is None else "fair-dev.json"
     write_json(Path(args.run, name), dict(
         provenance(), settings=run.settings(), n={k: len(x) for k, x in images.items()},
-        scorers=list(run.scorers), mask=run.mask.settings, masks=args.masks, rule=run.rule,
-        calibrate=args.calibrate, classifier=run.classifier_id, gains=gains, **tables))
+        gains=gains, **run.scoring(), **tables))
 
 if __name__ == "__main__":
     run_script(main)

@@ -36,10 +36,13 @@ def values_of(folder, cell, used):
         used[str(path.relative_to(folder))] = provenance
     return np.array(values)
 
+def columns_of(table):
+    """The columns as dicts; one that is a word is a metric."""
+    return [dict(metric=c) if isinstance(c, str) else c for c in table["columns"]]
+
 def cells_of(table, row):
     """The cells of a row, with what table, row and column say."""
-    columns = [dict(metric=c) if isinstance(c, str) else c for c in table["columns"]]
-    return [{**DEFAULT, **table, **row, **column} for column in columns]
+    return [{**DEFAULT, **table, **row, **column} for column in columns_of(table)]
 
 def named(path, spec):
     """Does a cell of these tables take this file?"""
@@ -50,7 +53,7 @@ def gather(table, folder, used, before=None):
     """A table of the list -> dict of title, note, command, head, rows (text), `values`, each run's
     number for each cell of ours, and `open`, the rows that no runs fill, nor `before`, what this
     function has returned earlier. Raises ValueError."""
-    columns = [dict(metric=c) if isinstance(c, str) else c for c in table["columns"]]
+    columns = columns_of(table)
     heads = [column.get("head") or COLUMNS[column["metric"]] for column in columns]
     digits = [column.get("digits", 2) for column in columns]
     nothing = [None] * len(columns)
