@@ -2,6 +2,7 @@
 
     python -m paper.ablate --run runs/digits                 # writes RUN/ablation.json
     python -m paper.ablate --run runs/digits --subsets       # Table 4 alone, from RUN/scores.csv
+    python -m paper.ablate --run runs/cifar10 --ood cifar100 --only "mask none" "mask shuffle"
 """
 
 from functools import partial
@@ -17,8 +18,7 @@ from moodcat import ImageMask, joint_scores
 from paper.common import all_tables, read_json, read_scores, score_run
 from train_gen import run_script
 
-MASKS = (8, 4, 2, 1)
-GRID = 4  # two styles cut the image into GRID x GRID squares
+SIDE = 4  # of the squares of two styles, in pixels; 8 x 8 squares at 32 px, as the authors'
 
 # --- Table 11's masks: f(x, i) -> (x_m, M), as MoodCat takes them; chance follows i alone --------
 def no_mask(x, i=0):
@@ -37,25 +37,27 @@ def fixed_square(x, i=0, ratio=0.3):
     return x.masked_fill(mask, 0.0), mask
 
 def grid_order(x, i):
-    """A random order of the squares (GRID^2,), and the side lengths of one. Raises ValueError."""
+    """A random order of the n squares (n,), and how many lie in a column and a row. Raises
+    ValueError."""
     H, W = x.shape[2:]
-    if H % GRID or W % GRID:
-        raise ValueError(f"this mask needs sides that are multiples of {GRID}")
-    order = torch.randperm(GRID**2, generator=torch.Generator().manual_seed(i))
-    return order.to(x.device), (H // GRID, W // GRID)
+    if H % SIDE or W % SIDE:
+        raise ValueError(f"this mask needs sides that are multiples of {SIDE}")
+    grid = H // SIDE, W // SIDE
+    order = torch.randperm(grid[0] * grid[1], generator=torch.Generator().manual_seed(i))
+    return order.to(x.device), grid
 
 def random_squares(x, i=0, ratio=0.3):
     """That share of the squares is removed."""
-    order, _ = grid_order(x, i)
-    squares = (order < round(ratio * GRID**2)).float().view(1, 1, GRID, GRID)
+    order, grid = grid_order(x, i)
+    squares = (order < round(ratio * len(order))).float().view(1, 1, *grid)
     mask = F.interpolate(squares, x.shape[2:]).bool().repeat(len(x), 1, 1, 1)
     return x.masked_fill(mask, 0.0), mask
 
 def shuffled_squares(x, i=0):
     """The squares change places; nothing is removed."""
-    order, sides = grid_order(x, i)
-    squares = F.unfold(x, sides, stride=sides)                           # (B, C h w, GRID^2)
-    return F.fold(squares[:, :, order], x.shape[2:], sides, stride=sides), no_mask(x)[1]
+    order, _ = grid_order(x, i)
+    squares = F.unfold(x, SIDE, stride=SIDE)                             # (B, C SIDE^2, n)
+    return F.fold(squares[:, :, order], x.shape[2:], SIDE, stride=SIDE), no_mask(x)[1]
 
 STYLES = {
     "none": no_mask,
@@ -65,6 +67,10 @@ STYLES = {
     "shuffle": shuffled_squares,
     "random": ImageMask(),
     "random 0.3 to 0.5": ImageMask((0.3, 0.5))}
+
+# {title: (how many masks an image, mask or None, the run's own)}
+VARIANTS = {f"mask {name}": (1, mask) for name, mask in STYLES.items()}
+VARIANTS.update({f"masks {n}": (n, None) for n in (8, 4, 2, 1)})  # 1 comes last, for Table 4
 
 # --- Table 4: which scorers ----------------------------------------------------------------------
 def add_subsets(scored, held_out, names):
@@ -81,28 +87,30 @@ def main(argv=None):
     """Score the run under every variation, write RUN/ablation.json, print the tables."""
     parser = make_parser(__doc__)
     parser.add_argument("--subsets", action="store_true", help="Table 4 alone, from RUN/scores.csv")
-    parser.set_defaults(ood=[])  # the run's own test split alone
+    parser.add_argument("--ood", nargs="+", default=[], metavar="SET", help="as evaluate.py's")
+    parser.add_argument("--only", nargs="+", metavar="VARIANT", choices=list(VARIANTS),
+                        default=list(VARIANTS), help="of %(choices)s [all]")
     args = parser.parse_args(argv)
     tables = {}
     if args.subsets:
         names = read_json(Path(args.run, "results.json"))["scorers"]
         scored = read_scores(args.run)
         held_out = {key: scored.pop(key) for key in list(scored) if key[0] == "held-out"}
+        add_subsets(scored, held_out["held-out", "C(x)"].scores, names)
     else:
         run = TrainedRun(args)
         names = list(run.scorers)
         sets = gather_sets(args, run)
-        variants = {f"mask {name}": (1, mask) for name, mask in STYLES.items()}
-        variants.update({f"masks {n}": (n, run.mask) for n in MASKS})
-        # a single random mask comes last: its scores are those that the subsets join
-        for title, (masks, mask) in variants.items():
-            _, scored, held_out = score_run(run, sets, masks, mask)
+        for title in sorted(args.only, key=list(VARIANTS).index):
+            _, scored, held_out = score_run(run, sets, *VARIANTS[title])
+            add_subsets(scored, held_out["held-out", "C(x)"].scores, names)
             tables[title] = tabulate(scored, *PROTOCOLS["y = C(x)"])
+            tables[f"{title}, oracle labels"] = tabulate(scored, *PROTOCOLS["oracle labels"])
 
-    # what is in the file already and is not measured now stays
-    add_subsets(scored, held_out["held-out", "C(x)"].scores, names)
-    for protocol, table in all_tables(scored).items():
-        tables[f"subsets, {protocol}"] = table
+    # Table 4's are of a single mask; what is in the file already and is not measured now stays
+    if args.subsets or "masks 1" in args.only:
+        for protocol, table in all_tables(scored).items():
+            tables[f"subsets, {protocol}"] = table
     for title, table in tables.items():
         print(f"\n{title}\n{format_table(table)}")
     path = Path(args.run, "ablation.json")

@@ -107,6 +107,17 @@ def bootstrap(inside, outside, seed=0):
         found[method] = dict(gain=float(gain), low=low, high=high)
     return found
 
+def add_others(run, sets, scored, held_out):
+    """To the Scored of the sets and of the held-out images Mahalanobis and kNN, then every method
+    with energy, and every subset of the scorers; what has energy already is not given it twice."""
+    images = {name: x for name, (x, _, _) in sets.items()}
+    every = scored | held_out
+    add_features(run.classifier, run.data, {**images, "held-out": run.held_out[0]}, every)
+    reference = held_out["held-out", "C(x)"].scores
+    methods = [name for name in reference if "energy" not in name and name not in RULES]
+    add_energy(every, reference, methods)
+    add_subsets(every, reference, run.scorers)
+
 # --- What is compared ----------------------------------------------------------------------------
 def development_sets(run, classes):
     """{set: (images, labels, names)} without a test image: the odd half of the held-out images, for
@@ -136,15 +147,7 @@ def main(argv=None):
     sets = chosen_sets(args, run)
     _, scored, held_out = score_run(run, sets, args.masks)
 
-    # every method, then every method with energy; what has it already is not given it twice
-    images = {name: x for name, (x, _, _) in sets.items()}
-    every = scored | held_out
-    add_features(run.classifier, run.data, {**images, "held-out": run.held_out[0]}, every)
-    reference = held_out["held-out", "C(x)"].scores
-    methods = [name for name in reference if "energy" not in name and name not in RULES]
-    add_energy(every, reference, methods)
-    add_subsets(every, reference, run.scorers)
-
+    add_others(run, sets, scored, held_out)
     tables = all_tables(scored)
     inside = as_arrays(scored["in-distribution", "C(x)"])
     print(f"{VIEW}\n{format_table(tables[VIEW])}")
@@ -157,7 +160,7 @@ def main(argv=None):
                 method, *(100 * row[k] for k in ("gain", "low", "high"))))
     name = "fair.json" if args.dev is None else "fair-dev.json"
     write_json(Path(args.run, name), dict(
-        provenance(), settings=run.settings(), n={k: len(x) for k, x in images.items()},
+        provenance(), settings=run.settings(), n={k: len(x) for k, (x, _, _) in sets.items()},
         gains=gains, **run.scoring(), **tables))
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import torch
 
 from evaluate import TrainedRun, gather_sets, make_parser, report, write_csv
 from paper.common import all_tables, score_run
+from paper.fair import add_others
 from train_gen import find_images, read_images, run_script
 
 # the 50 animal classes of CIFAR-100 (its ten animal superclasses, people among them)
@@ -35,10 +36,10 @@ def animals(name):
     chance = np.random.default_rng(int(name[-1]))
     return sorted(chance.choice(ANIMALS, 10, replace=False).tolist())
 
-def read_animals(name, size):
+def read_animals(name, size, source="cifar100"):
     """A set of that name -> (uint8 images (N, 3, S, S), -1 for each, their rows)."""
     wanted = animals(name)
-    images, labels, classes = find_images("cifar100", "test")
+    images, labels, classes = find_images(source, "test")
     rows = [i for i, label in enumerate(labels) if classes[label] in wanted]
     x = read_images([images[i] for i in rows], 3, size)
     return x, torch.full((len(x),), -1), rows
@@ -97,10 +98,13 @@ def read_scood(root, settings):
     return sets
 
 def main(argv=None):
-    """Score the run's test split and these sets; write results.json and scores.csv."""
+    """Score the run's test split and these sets, with the rows of paper.fair; write results.json
+    and scores.csv."""
     parser = make_parser(__doc__)
     parser.add_argument("--root", help="of the SC-OOD benchmark")
     parser.add_argument("--sets", nargs="+", default=[], help="cifar+50, cifar+10:0 to cifar+10:4")
+    parser.add_argument("--cifar100", metavar="FOLDER", default="cifar100",
+                        help="with its images as test/<class>/ [torchvision's]")
     parser.add_argument("--out", metavar="FOLDER", help="[RUN/scood]")
     parser.set_defaults(ood=[])
     args = parser.parse_args(argv)
@@ -114,13 +118,14 @@ def main(argv=None):
     # the run's test images, and in place of its unknown ones these sets
     found = read_scood(args.root, settings) if args.root else {}
     for name in args.sets:
-        found[name.partition(":")[0]] = read_animals(name, settings["image_size"])
+        found[name] = read_animals(name, settings["image_size"], args.cifar100)
     sets = gather_sets(args, run)
     sets.pop("unknown", None)
     for name, (x, truth, names) in found.items():
         sets[name] = x.to(args.device), truth.to(args.device), names
 
-    detector, scored, _ = score_run(run, sets, args.masks)
+    detector, scored, held_out = score_run(run, sets, args.masks)
+    add_others(run, sets, scored, held_out)
     report(out, run, detector, scored, all_tables(scored))
     write_csv(out / "scores.csv", scored, sets, run)
 

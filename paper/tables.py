@@ -4,12 +4,14 @@
     python -m paper.tables runs/tables --out results     # writes results/tables.json and TABLES.md
 
 A cell is at [view][method][set][metric] of a JSON file in each run folder that a pattern matches;
-table, row or column says which; the set "mean" is the mean over all sets. It shows mean ± standard
-deviation (ddof 1) over those runs. A cell that no run here fills stays as --out has it: no machine
-holds all runs.
+table, row or column says which; the set "mean" is the mean over all sets, "cifar+10:*" is all that
+match. It shows mean ± standard deviation (ddof 1) over those runs and sets. A cell that no run here
+fills stays as --out has it: no machine holds all runs. A row that no run fills, with a "price" in
+core-hours, says so.
 """
 
 import json
+from fnmatch import filter as matching
 from pathlib import Path, PurePath
 
 import numpy as np
@@ -19,19 +21,21 @@ from paper.common import PlainParser, markdown, mean_std, metric_of, read_json
 from train_gen import run_script
 
 SPEC = Path(__file__).parents[1] / "results" / "paper.json"
+NOT_RUN = "–"
 DEFAULT = dict(file="results.json", view="y = C(x)", set="unknown", scale=100)
 
 def values_of(folder, cell, used):
-    """The numbers of a cell, one a run; adds {file: provenance} to `used`. Raises ValueError."""
+    """The numbers of a cell, one a run and set; adds {file: provenance} to `used`. Raises ValueError."""
     values = []
     for path in sorted(Path(folder).glob(f"{cell['runs']}/{cell['file']}")):
         results = read_json(path)
         try:
             rows = results[cell["view"]][cell["method"]]
-            value = metric_of(rows, cell["set"], cell["metric"])
+            found = [metric_of(rows, name, cell["metric"])
+                     for name in matching(rows, cell["set"]) or [cell["set"]]]
         except KeyError as error:
             raise ValueError(f"{path} has no {error}: evaluate that run again") from error
-        values.append(cell["scale"] * value)
+        values += [cell["scale"] * value for value in found]
         provenance = {name: results[name] for name in ("command", "revision", "versions")}
         used[str(path.relative_to(folder))] = provenance
     return np.array(values)
@@ -63,7 +67,8 @@ def gather(table, folder, used, before=None):
     kept = {}
     if before and before["head"] == head:
         numbers = before.get("values", [None] * len(before["rows"]))
-        kept = {line[0]: (line, values) for line, values in zip(before["rows"], numbers)}
+        kept = {line[0]: (line, values) for line, values in zip(before["rows"], numbers)
+                if line[1] != NOT_RUN}
 
     # a line of text for each row whose runs are there, or were
     lines = []
@@ -86,12 +91,17 @@ def gather(table, folder, used, before=None):
             else:  # as it was
                 texts.append(old_line and old_line[2 + i])
                 values.append(old_values and old_values[i])
+        theirs = [paper_cell(paper[i], digits[i]) for i in given]
+        if None in texts and "price" in row:
+            price = f"not run, {row['price']} core-hours"
+            lines.append([row["label"], NOT_RUN, price, *[NOT_RUN] * (len(columns) - 1), *theirs])
+            numbers.append(None)
+            continue
         if None in texts:
             missing.append(row["label"])
             continue
         first = first or ours
         runs = str(len(ours[0])) if len(ours[0]) else old_line[1]
-        theirs = [paper_cell(paper[i], digits[i]) for i in given]
         lines.append([row["label"], runs, *texts, *theirs])
         numbers.append(values)
     return dict(title=table["title"], note=table["note"], command=table["command"], rows=lines,
@@ -101,7 +111,7 @@ def paper_cell(value, digits):
     """What the paper has, a number, text or nothing -> text."""
     if isinstance(value, float):
         return f"{value:.{digits}f}"
-    return value or "–"
+    return value or NOT_RUN
 
 def render(table):
     """A gathered table as Markdown; one that no run fills as one line."""

@@ -231,13 +231,16 @@ def test_a_subset_scores_as_the_detector_of_that_subset(runs):
     assert not torch.equal(scored["unknown", "C(x)"].scores["cb+third min-p"],
                            scored["unknown", "given"].scores["cb+third min-p"])
 
-def test_ablation_agrees_with_the_evaluation_and_averages_masks(runs, monkeypatch):
-    monkeypatch.setattr(ablate, "STYLES", {"random": ablate.STYLES["random"]})
-    monkeypatch.setattr(ablate, "MASKS", (2, 1))
+def test_ablation_agrees_with_the_evaluation_and_averages_masks(runs):
     shutil.copytree(runs / "a-0", runs / "ablated", dirs_exist_ok=True)
     run = str(runs / "ablated")
-    ablate.main(["--run", run])
+    ablate.main(["--run", run, "--only", "masks 1", "masks 2", "mask random"])  # in any order
     got, want = results(run, "ablation.json"), results(run)["y = C(x)"]
+    assert [title for title in got if title.startswith("mask")] == [
+        "mask random", "mask random, oracle labels", "masks 2", "masks 2, oracle labels", "masks 1",
+        "masks 1, oracle labels"]
+    assert got["masks 1, oracle labels"]["cb"] == results(run)["oracle labels"]["cb"]
+    assert got["masks 1"]["cb+energy fisher"] == got["subsets, y = C(x)"]["cb+energy fisher"]
     assert got["masks 1"]["cb"] == want["cb"] and got["mask random"]["min-p"] == want["min-p"]
     assert got["subsets, y = C(x)"]["cb+ssim fisher"] == want["fisher"]
     assert got["masks 2"]["cb"] != want["cb"] and got["masks 2"]["MSP"] == want["MSP"]
@@ -255,14 +258,14 @@ def test_the_other_mask_styles():
         assert torch.equal(mask, mask.flip(2, 3)) and (mask.float().mean() - ratio).abs() < 0.02
         assert (x_m[mask.expand_as(x)] == 0).all() and torch.equal(x_m[~mask.expand_as(x)],
                                                                    x[~mask.expand_as(x)])
-    squares = F.avg_pool2d(ablate.random_squares(x, ratio=0.3)[1].float(), 8)
-    assert ((squares == 0) | (squares == 1)).all() and (squares.sum((1, 2, 3)) == 5).all()
+    squares = F.avg_pool2d(ablate.random_squares(x, ratio=0.3)[1].float(), 4)
+    assert ((squares == 0) | (squares == 1)).all() and (squares.sum((1, 2, 3)) == 19).all()
     x_m, mask = ablate.shuffled_squares(x)
-    cut = lambda t: F.unfold(t, 8, stride=8).transpose(1, 2)
+    cut = lambda t: F.unfold(t, 4, stride=4).transpose(1, 2)
     order = torch.cdist(cut(x_m), cut(x)).argmin(2)  # which square went where
-    assert not mask.any() and (order.sort(1).values == torch.arange(16)).all()
-    assert (order != torch.arange(16)).any() and torch.equal(
-        cut(x).gather(1, order[:, :, None].expand(-1, -1, 192)), cut(x_m))
+    assert not mask.any() and (order.sort(1).values == torch.arange(64)).all()
+    assert (order != torch.arange(64)).any() and torch.equal(
+        cut(x).gather(1, order[:, :, None].expand(-1, -1, 48)), cut(x_m))
     for f in (ablate.random_squares, ablate.shuffled_squares):
         assert torch.equal(f(x, 1)[0], f(x, 1)[0]) and not torch.equal(f(x, 0)[0], f(x, 1)[0])
         with pytest.raises(ValueError, match="multiples of 4"):
@@ -272,7 +275,7 @@ def test_the_other_mask_styles():
         assert x_m.shape == x.shape and mask.shape == (8, 1, 32, 32) and mask.dtype == torch.bool
     shares = {name: f(x, 0)[1].float().mean().item() for name, f in ablate.STYLES.items()}
     assert shares["fixed 0.1"] == pytest.approx(0.1, abs=0.02)
-    assert shares["patch 0.3"] == 5 / 16 and 0.25 < shares["random 0.3 to 0.5"] < 0.55
+    assert shares["patch 0.3"] == 19 / 64 and 0.25 < shares["random 0.3 to 0.5"] < 0.55
 
 # --- development ---------------------------------------------------------------------------------
 
@@ -371,6 +374,26 @@ def test_tables_are_means_over_the_runs_and_go_only_where_told(runs, tmp_path, m
     assert two["rows"] == [["cb", "2", show(values["cb"]), f"{values['cb'][1]:.2f}"]]
     assert two["values"] == [[np.round(values["cb"], 4).tolist(), [round(values["cb"][1], 4)]]]
 
+def test_a_row_that_was_not_run_has_its_price_until_it_is_and_a_cell_takes_several_sets(tmp_path):
+    table = dict(title="T", note="N.", command="C", of="method", columns=["auroc", "fpr95"], rows=[
+        dict(label="draws", runs="a-?", method="cb", set="cifar+10:*", paper=["1 ± 1", None]),
+        dict(label="dear", runs="b", method="cb", price=3)])
+    def write(name, **sets):
+        rows = {n: dict(auroc=v, fpr95=1 - v) for n, v in sets.items()}
+        evaluate.write_json(tmp_path / name / "results.json",
+                            {"y = C(x)": dict(cb=rows), "command": "", "revision": "", "versions": {}})
+    (tmp_path / "a-0").mkdir()
+    (tmp_path / "b").mkdir()
+    write("a-0", **{"cifar+10:0": 0.5, "cifar+10:1": 0.7, "cifar+50": 0.9})
+    before = tables.gather(table, tmp_path, {})
+    dear = ["dear", "–", "not run, 3 core-hours", "–", "–"]
+    assert before["rows"] == [["draws", "2", "60.00 ± 14.14", "40.00 ± 14.14", "1 ± 1"], dear]
+    assert before["values"] == [[[50.0, 70.0], [50.0, 30.0]], None] and before["open"] == []
+    assert tables.gather(table, tmp_path / "none", {}, before) == before
+    write("b", unknown=0.8)
+    after = tables.gather(table, tmp_path, {}, before)
+    assert after["rows"][1] == ["dear", "1", "80.00", "20.00", "–"]
+
 def test_a_mean_over_sets_is_that_of_the_sets():
     rows = dict(a=dict(auroc=0.5), b=dict(auroc=0.7), c=dict(auroc=0.9))
     assert common.metric_of(rows, "mean", "auroc") == pytest.approx(0.7)
@@ -379,7 +402,8 @@ def test_a_mean_over_sets_is_that_of_the_sets():
 def test_the_list_of_tables_is_well_formed():
     spec = json.loads((ROOT / "results" / "paper.json").read_text())
     for table in spec:
-        assert tables.gather(table, "/nowhere", {})["rows"] == []
+        rows = tables.gather(table, "/nowhere", {})["rows"]
+        assert all(row[1] == tables.NOT_RUN for row in rows), table["title"]
     text = json.dumps(spec)
     assert "EBO" not in text and "_labels" not in text
     runs = json.loads((ROOT / "results" / "tables.json").read_text())["runs"]
