@@ -766,13 +766,17 @@ def test_gains_are_paired_and_of_auroc():
     rng = np.random.default_rng(0)
     a, b = rng.integers(0, 9, 300).astype(float) + 1, rng.integers(0, 9, 200).astype(float)
     truth = np.r_[np.ones(300), np.zeros(200)]
-    assert fair.auroc(a, b) == pytest.approx(roc_auc_score(truth, np.r_[a, b]))
+    counts = rng.integers(0, 3, 300), rng.integers(0, 3, 200)
+    found = fair.aurocs(a, b, [(np.ones(300), np.ones(200)), counts])
+    again = roc_auc_score(truth, np.r_[a, b], sample_weight=np.concatenate(counts))
+    assert found == pytest.approx([roc_auc_score(truth, np.r_[a, b]), again])
     inside = dict(energy=a, same=2 * a, noise=rng.normal(size=300), better=a + 2)
     outside = dict(energy=b, same=2 * b, noise=rng.normal(size=200), better=b)
     found = fair.bootstrap(inside, outside)
     assert found["same"] == found["energy"] == dict(gain=0, low=0, high=0), "not paired"
     for method, row in found.items():
-        exact = fair.auroc(inside[method], outside[method]) - fair.auroc(a, b)
+        exact = (roc_auc_score(truth, np.r_[inside[method], outside[method]])
+                 - roc_auc_score(truth, np.r_[a, b]))
         assert row["gain"] == pytest.approx(exact) and row["low"] <= row["gain"] <= row["high"]
     assert found["noise"]["high"] < 0 < found["better"]["low"]
 
