@@ -12,8 +12,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from evaluate import (PROTOCOLS, TrainedRun, format_table, gather_sets, make_parser, provenance,
-                      tabulate, write_json)
+from evaluate import TrainedRun, format_table, gather_sets, make_parser, provenance, write_json
 from moodcat import ImageMask, joint_scores
 from paper.common import all_tables, read_json, read_scores, score_run
 from train_gen import run_script
@@ -97,6 +96,7 @@ def main(argv=None):
         scored = read_scores(args.run)
         held_out = {key: scored.pop(key) for key in list(scored) if key[0] == "held-out"}
         add_subsets(scored, held_out["held-out", "C(x)"].scores, names)
+        found = all_tables(scored)
     else:
         run = TrainedRun(args)
         names = list(run.scorers)
@@ -104,13 +104,13 @@ def main(argv=None):
         for title in sorted(args.only, key=list(VARIANTS).index):
             _, scored, held_out = score_run(run, sets, *VARIANTS[title])
             add_subsets(scored, held_out["held-out", "C(x)"].scores, names)
-            tables[title] = tabulate(scored, *PROTOCOLS["y = C(x)"])
-            tables[f"{title}, oracle labels"] = tabulate(scored, *PROTOCOLS["oracle labels"])
+            found = all_tables(scored)
+            tables[title] = found["y = C(x)"]
+            tables[f"{title}, oracle labels"] = found["oracle labels"]
 
     # Table 4's are of a single mask; what is in the file already and is not measured now stays
     if args.subsets or "masks 1" in args.only:
-        for protocol, table in all_tables(scored).items():
-            tables[f"subsets, {protocol}"] = table
+        tables.update({f"subsets, {protocol}": table for protocol, table in found.items()})
     for title, table in tables.items():
         print(f"\n{title}\n{format_table(table)}")
     path = Path(args.run, "ablation.json")

@@ -36,8 +36,9 @@ def animals(name):
     chance = np.random.default_rng(int(name[-1]))
     return sorted(chance.choice(ANIMALS, 10, replace=False).tolist())
 
-def read_animals(name, size, source="cifar100"):
-    """A set of that name -> (uint8 images (N, 3, S, S), -1 for each, their rows)."""
+def read_animals(name, size, source):
+    """A set of that name, of CIFAR-100 as find_images takes it -> (uint8 images (N, 3, S, S), -1 for
+    each, their rows)."""
     wanted = animals(name)
     images, labels, classes = find_images(source, "test")
     rows = [i for i, label in enumerate(labels) if classes[label] in wanted]

@@ -21,7 +21,7 @@ from paper.common import PlainParser, markdown, mean_std, metric_of, read_json
 from train_gen import run_script
 
 SPEC = Path(__file__).parents[1] / "results" / "paper.json"
-NOT_RUN = "–"
+DASH = "–"  # in the column of runs: not run; of the paper: it has no such number
 DEFAULT = dict(file="results.json", view="y = C(x)", set="unknown", scale=100)
 
 def values_of(folder, cell, used):
@@ -68,7 +68,7 @@ def gather(table, folder, used, before=None):
     if before and before["head"] == head:
         numbers = before.get("values", [None] * len(before["rows"]))
         kept = {line[0]: (line, values) for line, values in zip(before["rows"], numbers)
-                if line[1] != NOT_RUN}
+                if line[1] != DASH}
 
     # a line of text for each row whose runs are there, or were
     lines = []
@@ -94,7 +94,7 @@ def gather(table, folder, used, before=None):
         theirs = [paper_cell(paper[i], digits[i]) for i in given]
         if None in texts and "price" in row:
             price = f"not run, {row['price']} core-hours"
-            lines.append([row["label"], NOT_RUN, price, *[NOT_RUN] * (len(columns) - 1), *theirs])
+            lines.append([row["label"], DASH, price, *[DASH] * (len(columns) - 1), *theirs])
             numbers.append(None)
             continue
         if None in texts:
@@ -111,7 +111,7 @@ def paper_cell(value, digits):
     """What the paper has, a number, text or nothing -> text."""
     if isinstance(value, float):
         return f"{value:.{digits}f}"
-    return value or NOT_RUN
+    return value or DASH
 
 def render(table):
     """A gathered table as Markdown; one that no run fills as one line."""
