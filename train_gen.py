@@ -129,7 +129,8 @@ class Split:
         known = known or all_classes[:6 if data == "digits" else None]
         self.classes = [name for name in all_classes if name in known]
         if len(self.classes) < 2 or set(known) - set(self.classes):
-            raise ValueError(f"known classes {known}: give two at least, of {all_classes}")
+            raise ValueError(f"known classes {known}: give two at least, of those in {data}: "
+                             f"{all_classes}")
         index = {name: i for i, name in enumerate(self.classes)}
         y = torch.tensor([index.get(all_classes[label], -1) for label in labels])
         x = read_images(images, channels, size)
