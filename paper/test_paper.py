@@ -23,6 +23,7 @@ from paper import (ablate, bench, common, compare, develop, fair, figures, halve
 from train_scorer import load_classifier, predict
 
 ROOT = Path(__file__).parents[1]
+torch.set_num_threads(1)  # as in test_moodcat.py: with more threads other nets are trained
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
