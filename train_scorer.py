@@ -205,7 +205,8 @@ def weaknesses(args, accuracy, trained):
             why = f"still improves, held-out AUROC {before:.3f}, then {auroc:.3f}"
         if why:
             more = steps if saved["step"] < steps else 2 * steps
-            lines.append(f"{name} {why}; to go on: {saved['command']} --resume --steps {more}")
+            command = saved["command"].replace(" --resume", "")
+            lines.append(f"{name} {why}; to go on: {command} --resume --steps {more}")
     return lines
 
 def load_generator(run, device):
