@@ -1412,7 +1412,8 @@ def test_warnings_say_what_to_do():
     def lines(accuracy=0.98, classifier=None, aurocs=(0.7, 0.9), **changes):
         log = [json.dumps(dict(step=i, val_auroc=a)) for i, a in enumerate(aurocs)]
         settings = dict(batch_size=10, n=100, classes=["cat", "dog", "emu"])
-        saved = dict(step=50, steps=50, lines=log, settings=settings, command="python t.py --resume -x")
+        saved = dict(step=50, steps=50, lines=log, settings=settings,
+                     command="python t.py --resume -x")
         rows = {"generator": {**saved, "lines": []}, "cb": {**saved, **changes}}
         args = argparse.Namespace(classifier=classifier)
         return "\n".join(train_scorer.weaknesses(args, accuracy, rows))
