@@ -6,7 +6,7 @@
 
 method.png: Figure 2 redrawn, of the known and the unknown test images the one of median score.
 masks.png: Figure 4 on the same two. labels.png: x' under the right and under a wrong label, and what
-the classifier reads. panel.png: Figures 6 and 7, ten test images of either kind; failures.png: Figure
+the classifier reads. panel.png: Figure 6, ten test images of either kind; failures.png: Figure
 8. histograms.png, roc.png: scores.csv. curves.png: the logs of the trainings.
 """
 
